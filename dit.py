@@ -1,0 +1,79 @@
+"""The diffusion transformer (DiT): patches of x are tokens; t and y modulate every block (adaLN-Zero).
+
+Lecture 4, "Diffusion Transformer" (000_9a64053bb9e2e45b.txt; 004_4aa8a09610484fd5.txt, section 2.2);
+Peebles & Xie 2023. B: batch, p: patch size, N = (H/p)(W/p) tokens, D: width.
+"""
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from unet import time_embedding, time_features
+
+
+def patchify(x, p):
+    """(B, C, H, W) -> (B, N, C p p): patches row by row, each flat."""
+    B, C, H, W = x.shape
+    x = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)        # (B, H/p, W/p, C, p, p)
+    return x.reshape(B, -1, C * p * p)
+
+
+def unpatchify(tokens, p, shape):
+    """(B, N, C p p) -> shape (B, C, H, W): patchify's steps undone."""
+    B, C, H, W = shape
+    x = tokens.view(B, H // p, W // p, C, p, p).permute(0, 3, 1, 4, 2, 5)   # (B, C, H/p, p, W/p, p)
+    return x.reshape(B, C, H, W)
+
+
+def positions(n, D):
+    """Fixed sin-cos positions on an n x n grid, (n n, D): half of D tells the row, half the column."""
+    angles = torch.arange(n)[:, None] / 100 ** torch.linspace(0, 1, D // 4)             # (n, D/4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)                               # (n, D/2)
+    return torch.cat([line.repeat_interleave(n, 0), line.repeat(n, 1)], dim=1)
+
+
+def modulate(x, shift, scale):
+    """adaLN: x (B, N, D) normalised, then scaled and shifted by (B, D)."""
+    return F.layer_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """x + gate attention(adaLN(x)), then x + gate mlp(adaLN(x)). The gates begin at 0: the block as x."""
+
+    def __init__(self, D, heads):
+        super().__init__()
+        self.heads, self.qkv, self.out = heads, nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU("tanh"), nn.Linear(4 * D, D))
+        self.modulation = nn.Linear(D, 6 * D)
+        nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)
+
+    def attention(self, x):
+        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        x = F.scaled_dot_product_attention(*qkv)        # of three (B, heads, N, D/heads)
+        return self.out(x.transpose(1, 2).flatten(2))   # (B, N, D)
+
+    def forward(self, x, e):                            # (B, N, D), (B, D) -> (B, N, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(e).chunk(6, dim=1)
+        x = x + gate1[:, None] * self.attention(modulate(x, shift1, scale1))
+        return x + gate2[:, None] * self.mlp(modulate(x, shift2, scale2))
+
+
+class DiT(nn.Module):
+    """net(x, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..9 or 10, NULL -> (B, C, H, W)."""
+
+    def __init__(self, size=32, in_channels=1, patch=4, width=192, depth=6, heads=6):
+        super().__init__()
+        self.patch, p = patch, in_channels * patch**2
+        self.embed, self.last = nn.Linear(p, width), nn.Linear(width, p)
+        self.register_buffer("positions", positions(size // patch, width), persistent=False)
+        self.time, self.label = time_embedding(width), nn.Embedding(10 + 1, width)
+        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
+        self.modulation = nn.Linear(width, 2 * width)
+        for layer in (self.modulation, self.last):
+            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+
+    def forward(self, x, t, y):
+        e = F.silu(self.time(time_features(t)) + self.label(y))             # (B, D)
+        h = self.embed(patchify(x, self.patch)) + self.positions            # (B, N, D)
+        for block in self.blocks: h = block(h, e)
+        h = self.last(modulate(h, *self.modulation(e).chunk(2, dim=1)))     # (B, N, C p p)
+        return unpatchify(h, self.patch, x.shape)

@@ -1,0 +1,106 @@
+"""The lecture's simplified U-Net, and a noisy classifier made of its encoder half.
+
+Lecture 4, "Lab Three U-Net" (000_9a64053bb9e2e45b.txt, 002_49842480371d0be4.txt): first convolution,
+encoders (residual layers, downsample), midcoder, decoders (upsample, skip connection, residual layers),
+last convolution; t and y are embedded and injected into every residual layer.
+B: batch, C: channels of x, H x W: its size, c: a stage's channels, E: width of the embedding.
+"""
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+def time_features(t, dim=128):
+    """Cosines and sines of t in [0, 1] at frequencies from 1 to 1000: (B,) -> (B, dim)."""
+    frequencies = torch.exp(torch.linspace(0, math.log(1000), dim // 2, device=t.device))
+    angles = t[:, None].float() * frequencies   # (B, dim/2)
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def time_embedding(E): return nn.Sequential(nn.Linear(128, E), nn.SiLU(), nn.Linear(E, E))
+
+
+class ResidualLayer(nn.Module):
+    """x + conv(silu(norm(conv(silu(norm(x)))))), with e scaling and shifting the second norm; x at first."""
+
+    def __init__(self, c, E):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, c), nn.Conv2d(c, c, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, c), nn.Conv2d(c, c, 3, padding=1)
+        self.inject = nn.Linear(E, 2 * c)
+        nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)
+
+    def forward(self, x, e):                    # (B, c, H, W), (B, E) -> (B, c, H, W)
+        scale, shift = self.inject(e)[:, :, None, None].chunk(2, dim=1)     # (B, c, 1, 1) each
+        h = self.conv1(F.silu(self.norm1(x)))
+        return x + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
+
+
+class Stage(nn.ModuleList):
+    """The residual layers of one resolution, one after the other."""
+
+    def __init__(self, c, E, layers): super().__init__(ResidualLayer(c, E) for _ in range(layers))
+
+    def forward(self, h, e):
+        for layer in self: h = layer(h, e)
+        return h
+
+
+class Encoder(nn.Module):
+    """First convolution, encoders, midcoder: x (B, C, H, W), e (B, E) -> the ends of all stages."""
+
+    def __init__(self, channels, layers, in_channels, stride, E):
+        super().__init__()
+        self.first = nn.Conv2d(in_channels, channels[0], 2 * stride + 1, stride, padding=stride)
+        self.stages = nn.ModuleList(Stage(c, E, layers) for c in channels)
+        pairs = zip(channels, channels[1:])
+        self.downs = nn.ModuleList(nn.Conv2d(c, d, 3, stride=2, padding=1) for c, d in pairs)
+
+    def forward(self, x, e):
+        ends = [self.stages[0](self.first(x), e)]                   # (B, c, H/stride, W/stride)
+        for down, stage in zip(self.downs, self.stages[1:]):
+            ends.append(stage(down(ends[-1]), e))                   # half the size, the next c
+        return ends
+
+
+class UNet(nn.Module):
+    """net(x, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..9 or 10, NULL -> (B, C, H, W).
+
+    stride: of the first convolution; the last one undoes it by writing stride x stride pixels a place.
+    """
+
+    def __init__(self, channels=(32, 64, 128), layers=2, in_channels=1, stride=2, E=128):
+        super().__init__()
+        self.time, self.label, self.stride = time_embedding(E), nn.Embedding(10 + 1, E), stride
+        self.encoder = Encoder(channels, layers, in_channels, stride, E)
+        pairs = list(zip(channels, channels[1:]))[::-1]
+        self.ups = nn.ModuleList(nn.Conv2d(d, c, 3, padding=1) for c, d in pairs)
+        self.decoders = nn.ModuleList(Stage(c, E, layers) for c, _ in pairs)
+        self.norm = nn.GroupNorm(8, channels[0])
+        self.last = nn.Conv2d(channels[0], in_channels * stride**2, 3, padding=1)
+        nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
+
+    def forward(self, x, t, y):
+        e = F.silu(self.time(time_features(t)) + self.label(y))     # (B, E)
+        *skips, h = self.encoder(x, e)          # (B, 32, 16, 16), (B, 64, 8, 8); (B, 128, 4, 4)
+        for up, decoder in zip(self.ups, self.decoders):
+            h = up(F.interpolate(h, scale_factor=2))                # twice the size, the previous c
+            h = decoder(h + skips.pop(), e)
+        h = self.last(F.silu(self.norm(h)))     # (B, C stride stride, H/stride, W/stride)
+        return F.pixel_shuffle(h, self.stride)  # (B, C, H, W)
+
+
+class NoisyClassifier(nn.Module):
+    """p(y|x_t, t) as logits (B, 10): the U-Net's encoder half, the mean over places, a linear layer."""
+
+    def __init__(self, channels=(32, 64, 128), layers=1, in_channels=1, stride=2, E=128):
+        super().__init__()
+        self.time = time_embedding(E)
+        self.encoder = Encoder(channels, layers, in_channels, stride, E)
+        self.norm, self.last = nn.GroupNorm(8, channels[-1]), nn.Linear(channels[-1], 10)
+
+    def forward(self, x, t):
+        h = self.encoder(x, F.silu(self.time(time_features(t))))[-1]                    # (B, 128, 4, 4)
+        return self.last(F.silu(self.norm(h)).mean(dim=(2, 3)))     # (B, 10)
