@@ -1,7 +1,7 @@
-"""Classifier-free guidance, whole: losses, guidance rule, guided fields, samplers. The file to copy.
+"""Classifier-free guidance, whole: losses, guidance rule, guided fields, samplers. Copy this file.
 
 One net u_t(x|y) learns to be conditional and unconditional: while training, y becomes NULL with
-probability eta, so that u_t(x) = u_t(x|NULL); "nothing is something" (Lecture 4, 000_9a64053bb9e2e45b.txt).
+probability eta, so that u_t(x) = u_t(x|NULL). "Lecture 4" is 000_9a64053bb9e2e45b.txt.
 x, z, eps: (B, ...). t: (B,) or a number, 0 noise, 1 data. y: (B,) int64. net(x, t, y) -> (B, ...).
 `python cfg_min.py` guides with exact fields, on two Gaussians, and prints what w does.
 """
@@ -16,7 +16,7 @@ NULL = 10       # the label for "no label", after MNIST's 0 ... 9
 
 
 def drop_labels(y, eta):
-    """y <- NULL with probability eta, each sample for itself, in a new tensor; Lecture 4, L_CFM^CFG."""
+    """y <- NULL with probability eta, each sample by itself, in a new tensor; Lecture 4, L_CFM^CFG."""
     return torch.where(torch.rand(len(y), device=y.device) < eta, NULL, y)
 
 
@@ -36,7 +36,7 @@ def draw(path, z, y, eta, share=slice(None), draw_t=torch.rand):
 
 
 def cfg_cfm_loss(net, path, z, y, eta=0.1, **options):
-    """L_CFM^CFG = E || u_theta(x|y) - u_t(x|z) ||^2, a mean over pixels; Lecture 4, "CFG Training"."""
+    """L_CFM^CFG = E || u_theta(x|y) - u_t(x|z) ||^2, mean over pixels; Lecture 4, "CFG Training"."""
     x, t, y, z, eps = draw(path, z, y, eta, **options)
     return F.mse_loss(net(x, t, y), path.target(z, eps, t))
 
@@ -51,7 +51,7 @@ def cfg_dsm_loss(net, path, z, y, eta=0.1, **options):
 
 
 def classifier_loss(classifier, path, z, y, share=slice(None)):
-    """-E log p_theta(y|x_t): the classifier of noised samples; Lecture 12, "Classifier guidance"."""
+    """-E log p_theta(y|x_t), for "noised samples"; 003_da10c6c8947a0fc6.txt."""
     x, t, y, _, _ = draw(path, z, y, 0.0, share)
     return F.cross_entropy(classifier(x, t), y)
 
@@ -59,7 +59,7 @@ def classifier_loss(classifier, path, z, y, share=slice(None)):
 def guide(cond, uncond, w):
     """Classifier-free guidance: (1 - w) u_t(x|null) + w u_t(x|y).
 
-    Any two predictions of one kind (u, score, eps or z), same shape; w = 1 is cond, w = 0 is uncond.
+    Two predictions of one kind (u, score, eps or z), of one shape; w = 1 is cond, w = 0 uncond.
     Lecture 4, "Classifier-free guidance"; Ho & Salimans 2022, eq. 6, whose w is ours minus 1.
     """
     return uncond + w * (cond - uncond)
@@ -89,8 +89,8 @@ def classifier_guided_field(net, classifier, path, x, t, y, w):
     return net(x, t, torch.full_like(y, NULL)) + w * path.a_b(t, x)[1] * grad_log_p
 
 
-# The samplers: from noise x, (B, ...), at t0 to t = 1 in equal steps, with field(x, t) -> u any field above.
-# t0 > 0 is for fields that are 0/0 at alpha = 0. randn(x) is noise of the shape of x.
+# The samplers go from noise x at t0 to t = 1 in equal steps; field(x, t) -> u is any field above.
+# t0 > 0 is for a field that is 0/0 at alpha = 0. randn(x) is noise of the shape of x.
 
 def times(steps, t0=0.0):
     """The pairs (t, t + h) of the steps."""
@@ -116,11 +116,11 @@ def heun(field, x, steps, t0=0.0):
 
 
 def euler_maruyama(field, x, steps, path=CondOT(), sigma=None, t0=0.0, randn=torch.randn_like):
-    """dX = [u + sigma_t^2/2 score] dt + sigma_t dW; 002_49842480371d0be4.txt, "Guidance for Diffusion Models".
+    """dX = [u + sigma_t^2/2 score] dt + sigma_t dW; 002_49842480371d0be4.txt, "Sampling Algorithm".
 
-    With sigma_t^2 = 2 beta_t k_t the score term is -k_t eps. sigma None is k_t = 1, singular nowhere
-    (CondOT: sigma_t = sqrt(2 (1 - t)), drift (1 + t) u - x); else sigma_t = sigma. At the end sigma_t
-    is at most sqrt(2/h) beta_{t+h}: a step must not put in more noise than the path has left.
+    With sigma_t^2 = 2 beta_t k_t the score term is -k_t eps. sigma None is k_t = 1, nowhere singular
+    (CondOT: sigma_t = sqrt(2 (1 - t)), drift (1 + t) u - x); a number is sigma_t itself. sigma_t is
+    at most sqrt(2/h) beta_{t+h}: a step must not put in more noise than the path has left.
     """
     for t, s in times(steps, t0):
         h, beta, beta_s = s - t, path.at(t, x)[1], path.at(s, x)[1]
@@ -135,37 +135,39 @@ def euler_maruyama(field, x, steps, path=CondOT(), sigma=None, t0=0.0, randn=tor
 def ddim(field, x, steps, path=CondOT(), noise=0.0, t0=0.0, randn=torch.randn_like):
     """X_s = alpha_s z + sqrt(beta_s^2 - sigma^2) eps + sigma xi, with z and eps predicted at t.
 
-    noise = 0 is DDIM, on CondOT exactly Euler. noise = 1 is DDPM's ancestral sampler: sigma^2 is then
-    beta~, the variance of q(x_s|x_t, z). Song et al. 2021 (DDIM), eq. 12, 16; Lecture 12, "Sampling".
+    noise = 0 is DDIM, on CondOT exactly Euler. noise = 1 is DDPM's ancestral step: sigma^2 is beta~,
+    the variance of q(x_s|x_t, z). Song et al. 2021 (DDIM), eq. 12, 16; 003_da10c6c8947a0fc6.txt.
     """
     for t, s in times(steps, t0):
         (alpha, beta, _, _), (alpha_s, beta_s, _, _) = path.at(t, x), path.at(s, x)
         u = field(x, t)
         z, eps = path.u_to_data(u, x, t), path.u_to_eps(u, x, t)
-        sigma = noise * beta_s / beta * (beta**2 - (alpha / alpha_s * beta_s)**2).clamp(min=0).sqrt()
+        var = (beta_s / beta)**2 * (beta**2 - (alpha / alpha_s * beta_s)**2)            # beta~
+        sigma = noise * var.clamp(min=0).sqrt()
         x = alpha_s * z + (beta_s**2 - sigma**2).sqrt() * eps
         if noise: x = x + sigma * randn(x)
     return x
 
 
 def two_gaussians(path=CondOT(), means=(-1.0, 1.0), std=0.5):
-    """The exact net(x, t, y) for data of two classes N(means[y], std^2), half of it each; x: (B, 1)."""
+    """The exact net(x, t, y) of data in two equal classes N(means[y], std^2); x: (B, 1)."""
     def net(x, t, y):
         alpha, beta, d_alpha, d_beta = path.at(t, x)
-        m, var = torch.tensor(means).to(x), (alpha * std)**2 + beta**2      # p_t(x|y) = N(alpha m, var)
-        u = d_alpha * m + (alpha * d_alpha * std**2 + beta * d_beta) / var * (x - alpha * m)    # (B, 2)
-        p = F.softmax(-(x - alpha * m)**2 / (2 * var), dim=1)               # p_t(y|x): (B, 2)
+        m, var = torch.tensor(means).to(x), (alpha * std)**2 + beta**2
+        off = x - alpha * m                                     # (B, 2): p_t(x|y) = N(alpha m, var)
+        u = d_alpha * m + (alpha * d_alpha * std**2 + beta * d_beta) / var * off        # u_t(x|y)
+        p = F.softmax(-off**2 / (2 * var), dim=1)               # p_t(y|x)
         p = torch.where(y[:, None] == NULL, p, F.one_hot(y.clamp(max=1), 2).to(x))
         return (u * p).sum(dim=1, keepdim=True)
     return net
 
 
 def main(n=4000, steps=100):
-    """What w does, exactly: guided samples against the two laws that they are often said to follow."""
+    """What w does, exactly: guided samples against two laws that they are said to follow."""
     torch.manual_seed(0)
     net, y = two_gaussians(), torch.ones(n, dtype=torch.int64)
     grid = torch.linspace(-4, 8, 4001, dtype=torch.float64)
-    p0, p1 = torch.exp(-2 * (grid + 1)**2), torch.exp(-2 * (grid - 1)**2)   # p(.|y), y = -1 and y = +1
+    p0, p1 = (torch.exp(-2 * (grid - y)**2) for y in (-1, 1))               # p(.|y)
     print("two Gaussians at -1 and +1, std 0.5; y = +1; mean and standard deviation of\n"
           "   w    guided ODE     guided SDE   p(.|y)^w p^(1-w)   best mixture of p(.|y) and p")
     for w in (0, 1, 2, 3, 5, 8):
@@ -174,7 +176,7 @@ def main(n=4000, steps=100):
         tilted = p1**w * ((p0 + p1) / 2)**(1 - w)
         mean = (tilted * grid).sum() / tilted.sum()
         std = ((tilted * (grid - mean)**2).sum() / tilted.sum()).sqrt()
-        share = ode.mean().clamp(0, 1)          # of p(.|y), of mean 1; p has mean 0 and variance 1.25
+        share = ode.mean().clamp(0, 1)      # of p(.|y), of mean 1; p has mean 0, variance 1.25
         print(f"{w:4d}  {ode.mean():6.2f} {ode.std():5.2f}  {sde.mean():6.2f} {sde.std():5.2f}   "
               f"{mean:8.2f} {std:5.2f}   {share:12.2f} {(1.25 - share**2).sqrt():5.2f}")
 

@@ -1,7 +1,7 @@
-"""The diffusion transformer (DiT): patches of x are tokens; t and y modulate every block (adaLN-Zero).
+"""The diffusion transformer (DiT): patches are tokens; t and y modulate every block (adaLN-Zero).
 
-Lecture 4, "Diffusion Transformer" (000_9a64053bb9e2e45b.txt; 004_4aa8a09610484fd5.txt, section 2.2);
-Peebles & Xie 2023. B: batch, p: patch size, N = (H/p)(W/p) tokens, D: width.
+Lecture 4, "Diffusion Transformer" (004_4aa8a09610484fd5.txt, section 2.2); Peebles & Xie 2023.
+B: batch, p: patch size, N = (H/p)(W/p) tokens, D: width.
 """
 import torch
 import torch.nn as nn
@@ -25,7 +25,7 @@ def unpatchify(tokens, p, shape):
 
 
 def positions(n, D):
-    """Fixed sin-cos positions on an n x n grid, (n n, D): half of D tells the row, half the column."""
+    """Fixed sin-cos positions on an n x n grid, (n n, D): half of D is the row, half the column."""
     angles = torch.arange(n)[:, None] / 100 ** torch.linspace(0, 1, D // 4)             # (n, D/4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)                               # (n, D/2)
     return torch.cat([line.repeat_interleave(n, 0), line.repeat(n, 1)], dim=1)
@@ -37,7 +37,7 @@ def modulate(x, shift, scale):
 
 
 class Block(nn.Module):
-    """x + gate attention(adaLN(x)), then x + gate mlp(adaLN(x)). The gates begin at 0: the block as x."""
+    """x + gate attention(adaLN(x)), then x + gate mlp(adaLN(x)); the gates start at 0."""
 
     def __init__(self, D, heads):
         super().__init__()
@@ -48,7 +48,8 @@ class Block(nn.Module):
 
     def attention(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(*qkv)        # of three (B, heads, N, D/heads)
+        with torch.autocast(x.device.type, enabled=False):          # in bf16 it is slow on CPUs
+            x = F.scaled_dot_product_attention(*qkv.float())        # of (B, heads, N, D/heads)
         return self.out(x.transpose(1, 2).flatten(2))   # (B, N, D)
 
     def forward(self, x, e):                            # (B, N, D), (B, D) -> (B, N, D)
@@ -58,9 +59,9 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """net(x, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..9 or 10, NULL -> (B, C, H, W)."""
+    """net(x, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..9 or NULL = 10 -> as x."""
 
-    def __init__(self, size=32, in_channels=1, patch=4, width=192, depth=6, heads=6):
+    def __init__(self, size=32, in_channels=1, patch=4, width=128, depth=5, heads=2):
         super().__init__()
         self.patch, p = patch, in_channels * patch**2
         self.embed, self.last = nn.Linear(p, width), nn.Linear(width, p)

@@ -1,4 +1,4 @@
-"""Training: `python train.py --arch unet|dit|vae|classifier`. Data, checkpoints, loop, command line."""
+"""Training: `python train.py --arch unet|dit|vae|classifier`. Data, checkpoints, loop, options."""
 import argparse
 import copy
 import gzip
@@ -24,19 +24,19 @@ from vae import VAE, vae_loss
 HERE = Path(__file__).parent
 NETS = {"unet": UNet, "dit": DiT, "vae": VAE, "classifier": NoisyClassifier}
 LATENT = {"unet": dict(in_channels=4, channels=(64, 128), stride=1),
-          "dit": dict(in_channels=4, size=8, patch=1)}
-RECIPES = {"unet": dict(steps=1600, batch=128, lr=4e-3), "dit": dict(steps=3000, batch=128, lr=4e-3),
-           "vae": dict(steps=1000, batch=128, lr=4e-3),
-           "classifier": dict(steps=600, batch=128, lr=4e-3)}
+          "dit": dict(in_channels=4, size=8, patch=1)}      # options of the nets for 4x8x8 latents
+RECIPES = {"unet": (1600, 128, 4e-3), "dit": (3000, 128, 4e-3),
+           "vae": (2000, 128, 4e-3), "classifier": (1800, 128, 4e-3)}   # --steps, --batch, --lr
 
 
 class BadInput(ValueError):
-    """What the user gave is wrong: one line that says what, and what to do. Exit status 2."""
+    """The user's input is wrong, and the text says how: one line on stderr, exit status 2."""
 
 
 def read_idx(file):
-    """The array in an IDX file of bytes: 0, 0, 8, rank, sizes (big-endian), data; gzipped if .gz."""
-    raw = gzip.decompress(file.read_bytes()) if file.suffix == ".gz" else file.read_bytes()
+    """An IDX file of bytes, or its .gz: 0, 0, 8, the rank, big-endian sizes, data."""
+    zipped = file.with_name(f"{file.name}.gz")
+    raw = file.read_bytes() if file.exists() else gzip.decompress(zipped.read_bytes())
     if raw[:3] != b"\0\0\x08": raise ValueError(f"{file.name} is no IDX file of bytes")
     shape = np.frombuffer(raw, ">u4", raw[3], offset=4)
     return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
@@ -50,28 +50,25 @@ def load_data(path=HERE / "data/mnist.npz"):
     path, out = Path(path), []
     try:
         if path.is_dir():
-            arrays = [read_idx(f if f.exists() else f.with_name(f.name + ".gz"))
-                      for f in (path / f"{part}-{kind}-ubyte" for part in ("train", "t10k")
-                                for kind in ("images-idx3", "labels-idx1"))]
+            arrays = [read_idx(path / f"{part}-{kind}-ubyte") for part in ("train", "t10k")
+                      for kind in ("images-idx3", "labels-idx1")]
         else:
             with np.load(path, allow_pickle=False) as npz:
                 arrays = [npz[k] for k in ("x_train", "y_train", "x_test", "y_test")]
     except Exception as e:      # zip, zlib, gzip and numpy each raise their own
-        raise BadInput(f"{path}: no data set ({str(e).splitlines()[0]}); give an .npz with x_train, "
+        raise BadInput(f"{path}: {str(e).splitlines()[0]}; --data wants an .npz of x_train, "
                        "y_train, x_test, y_test, or a folder of MNIST's four IDX files") from None
     for x, y in (arrays[:2], arrays[2:]):
-        if x.dtype != np.uint8 or x.shape[1:] != (28, 28) or len(x) == 0:
-            raise BadInput(f"{path}: images must be uint8 (N, 28, 28), not {x.dtype} {x.shape}")
-        if y.dtype.kind not in "iu" or y.shape != x.shape[:1] or y.min() < 0 or y.max() > 9:
-            raise BadInput(f"{path}: needs a label for each image, an integer in 0..9 (10 is null)")
-        x = np.pad(x, ((0, 0), (2, 2), (2, 2)))[:, None]
-        out += [torch.from_numpy(x), torch.from_numpy(y.astype(np.int64))]
+        if x.dtype != np.uint8 or x.shape[1:] != (28, 28) or y.dtype.kind not in "iu" \
+                or y.shape != x.shape[:1] or len(y) == 0 or y.min() < 0 or y.max() > 9:
+            raise BadInput(f"{path}: wants images (N, 28, 28) uint8, N > 0, and N labels, integers "
+                           f"in 0..9 (10 is null), not {x.dtype} {x.shape}, {y.dtype} {y.shape}")
+        out += [torch.from_numpy(np.pad(x, ((0, 0), (2, 2), (2, 2))))[:, None],
+                torch.from_numpy(y.astype(np.int64))]
     return out
 
 
-def to_unit(images):
-    """uint8 0 ... 255 -> float32 -1 ... 1."""
-    return images.float() / 127.5 - 1
+def to_unit(images): return images.float() / 127.5 - 1      # uint8 0 ... 255 -> float32 -1 ... 1
 
 
 def diversity(images, labels):
@@ -89,12 +86,12 @@ def accuracy(classifier, images, labels):
 
 
 def fingerprint(*tensors):
-    """A checksum of data or weights, by which they are known again."""
+    """A checksum, by which data or weights are known again."""
     return zlib.crc32(b"".join(v.cpu().contiguous().numpy().tobytes() for v in tensors))
 
 
 def write_whole(path, write):
-    """write(file) on a temporary file beside path, then rename: path is whole or as it was."""
+    """write(file) to a temporary file, then rename it: path is whole or stays as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tmp = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -105,7 +102,7 @@ def write_whole(path, write):
 
 
 def read_checkpoint(path, device="cpu"):
-    """The dict of config, step, averaged weights; of an unfinished run net and optimizers too."""
+    """A dict of config, step, weights (averaged); of a run under way, net and optimizers too."""
     if not Path(path).is_file(): raise BadInput(f"{path}: no such checkpoint; train.py makes one")
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
@@ -116,27 +113,25 @@ def read_checkpoint(path, device="cpu"):
 
 
 def load_checkpoint(path, device="cpu"):
-    """net, with its averaged weights and in eval mode, and its config. Raises BadInput."""
+    """net, with the averaged weights and in eval mode, and its config. Raises BadInput."""
     ckpt = read_checkpoint(path, device)
     try:
         net = NETS[ckpt["config"]["arch"]](**ckpt["config"]["net"]).to(device)
         net.load_state_dict(ckpt["weights"])
-    except Exception:
-        raise BadInput(f"{path}: its weights do not fit the network that it names") from None
+    except Exception: raise BadInput(f"{path}: its weights do not fit its architecture") from None
     return net.eval().requires_grad_(False), ckpt["config"]
 
 
 def load_vae(path, device, wanted=None):
-    """The autoencoder of a latent model and its fingerprint. Raises BadInput if not the wanted."""
+    """The autoencoder of a latent model, and its fingerprint. Raises BadInput if not the wanted."""
     net, config = load_checkpoint(path, device)
-    if config["arch"] != "vae": raise BadInput(f"{path}: a {config['arch']}, where a vae is needed")
     mark = fingerprint(*net.state_dict().values())
-    if wanted in (None, mark): return net, mark
-    raise BadInput(f"{path}: not the autoencoder that the latent model was trained with")
+    if config["arch"] == "vae" and wanted in (None, mark): return net, mark
+    raise BadInput(f"{path}: not the autoencoder (--arch vae) that this latent model goes with")
 
 
 def pick_device(name):
-    """torch.device; for None it is CUDA where there is one, else the CPU. Raises BadInput."""
+    """The torch.device; None is CUDA where there is one, else the CPU. Raises BadInput."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
     try: return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):
@@ -149,25 +144,6 @@ def autocast(device):
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
 
 
-def prepare(a, device):
-    """All z, all y, test set, config, and the function that makes a batch of z_all the losses' z.
-
-    The config is all that a run depends on: kept in the checkpoint, unchanged when it is resumed.
-    """
-    x, y, *test = (v.to(device) for v in load_data(a.data))
-    settings = ("arch", "steps", "batch", "lr", "eta", "ema", "seed", "path", "predict")
-    config = {k: getattr(a, k) for k in settings}
-    config.update(net={}, latent=None, data=fingerprint(x, y))
-    if a.arch == "classifier": config["real_diversity"] = diversity(*test)
-    if not a.latent: return x, y, test, config, to_unit
-    vae, mark = load_vae(a.latent, device)
-    with torch.no_grad(), autocast(device):
-        z = torch.cat([vae.encode(to_unit(batch)).float() for batch in x.split(500)])
-    scale = 1 / z.std().item()  # to unit variance; Rombach et al. 2022, appendix G
-    config.update(net=LATENT[a.arch], latent=dict(file=a.latent, fingerprint=mark, scale=scale))
-    return z, y, test, config, lambda batch: batch * scale
-
-
 def loss_of(a, net, z, y, share):
     """The loss that --arch and --predict ask for, on this process's share of the batch."""
     if a.arch == "vae": return vae_loss(net, z, share)
@@ -178,60 +154,72 @@ def loss_of(a, net, z, y, share):
 
 def train(a):
     """One run. Step k takes its random numbers from (seed, k) alone, the same in every process."""
-    rank, world = (int(os.environ.get(k, v)) for k, v in (("RANK", 0), ("WORLD_SIZE", 1)))  # torchrun
+    rank, local_rank = (int(os.environ.get(k, 0)) for k in ("RANK", "LOCAL_RANK"))  # from torchrun
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if a.batch % world: raise BadInput(f"--batch {a.batch} cannot be shared by {world} processes")
     share = slice(rank * a.batch // world, (rank + 1) * a.batch // world)
-    say = print if rank == 0 else lambda *_, **__: None
-    device = pick_device(a.device)
-    if device.type == "cuda" and world > 1: device = torch.device("cuda", rank % torch.cuda.device_count())
-    z_all, y_all, test, config, to_z = prepare(a, device)
+    device, say = pick_device(a.device), print if rank == 0 else lambda *_, **__: None
+    if device.type == "cuda" and world > 1: device = torch.device("cuda", local_rank)
+
+    # the data, and the config: all that the run depends on, which a resumed run must not change
+    x_all, y_all, *test = (v.to(device) for v in load_data(a.data))
+    settings = "arch", "steps", "batch", "lr", "eta", "ema", "seed", "path", "predict"
+    config = dict({k: getattr(a, k) for k in settings}, net={}, latent=None,
+                  data=fingerprint(x_all, y_all), real_diversity=diversity(*test))
+    to_z = to_unit
+    if a.latent:
+        vae, mark = load_vae(a.latent, device)
+        with torch.no_grad(), autocast(device):
+            x_all = torch.cat([vae.encode(to_unit(x)).float() for x in x_all.split(500)])
+        scale = 1 / x_all.std().item()          # to unit variance; Rombach et al. 2022, app. G
+        config.update(net=LATENT[a.arch], latent=dict(file=a.latent, vae=mark, scale=scale))
+        to_z = lambda latents: latents * scale
 
     torch.manual_seed(a.seed)
     net = NETS[a.arch](**config["net"]).to(device)
-    averaged, start = copy.deepcopy(net).requires_grad_(False), 0
+    averaged, model, start = copy.deepcopy(net).requires_grad_(False), net, 0
     # Muon (Jordan 2024) for the hidden matrices, kernels as (c_out, c_in k k); AdamW for the rest
-    hidden = {name: p for name, p in net.named_parameters() if p.ndim > 1
-              and not any(end in name for end in ("first", "last", "embed", "label"))}
+    ends = "first", "last", "embed", "label"
+    hidden = {name: p for name, p in net.named_parameters()
+              if p.ndim > 1 and not any(e in name for e in ends)}
     views = [p.detach().flatten(1) for p in hidden.values()]
     rest = [p for name, p in net.named_parameters() if name not in hidden]
     optimizers = (torch.optim.Muon(views, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
                   torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01, fused=True))
     if a.resume and Path(a.out).exists():
         ckpt = read_checkpoint(a.out, device)
-        changed = [k for k in config if ckpt["config"].get(k) != config[k]]
-        if changed: raise BadInput(f"{a.out} has other settings ({', '.join(changed)}); choose its "
-                                   "own, or another --out")
-        if "net" not in ckpt: return say(f"{a.out} is finished: {a.steps} steps are done")
+        changed = ", ".join(k for k in config if ckpt["config"].get(k) != config[k])
+        if changed: raise BadInput(f"{a.out} has another {changed}: choose another --out")
+        if "net" not in ckpt: return say(f"{a.out} is finished: all {a.steps} steps are done")
         net.load_state_dict(ckpt["net"]), averaged.load_state_dict(ckpt["weights"])
         for o, state in zip(optimizers, ckpt["optimizers"]): o.load_state_dict(state)
         start = ckpt["step"]
     elif a.resume: say(f"{a.out} does not exist yet: starting at the beginning")
-    model = net
     if world > 1:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         model = torch.nn.parallel.DistributedDataParallel(net)
 
     def save(step):
-        if not math.isfinite(total): raise BadInput(f"the loss is not finite near step {step}: try a "
-                                                    f"smaller --lr; {a.out} is as of the last good one")
+        if not math.isfinite(total):
+            raise BadInput(f"loss not finite at step {step}: lower --lr; {a.out} is as saved last")
         ckpt = dict(config=config, step=step, weights=averaged.state_dict())
-        if step < a.steps: ckpt.update(net=net.state_dict(),
-                                       optimizers=[o.state_dict() for o in optimizers])
+        if step < a.steps:
+            ckpt.update(net=net.state_dict(), optimizers=[o.state_dict() for o in optimizers])
         if rank == 0: write_whole(a.out, lambda file: torch.save(ckpt, file))
 
-    def interrupt(*_):          # the first Ctrl-C ends the run after its step, a second one at once
+    def interrupt(*_):          # the first Ctrl-C stops after the step, a second one at once
         nonlocal stop
         stop = True
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
     say(f"{a.arch} on {device}: {sum(p.numel() for p in net.parameters()):,} parameters, "
-        f"{len(z_all):,} images, steps {start} to {a.steps} of {a.batch}, to {a.out}", flush=True)
+        f"{len(x_all):,} images, steps {start} to {a.steps} of {a.batch}, to {a.out}", flush=True)
     stop, tty, total, shown, since = False, sys.stdout.isatty(), 0.0, start, time.time()
     signal.signal(signal.SIGINT, interrupt)
     for step in range(start, a.steps):
         torch.manual_seed(int(np.random.SeedSequence([a.seed, step]).generate_state(1)[0]))
-        i = torch.randint(len(z_all), (a.batch,), device=device)
-        with autocast(device): loss = loss_of(a, model, to_z(z_all[i]), y_all[i], share)
+        i = torch.randint(len(x_all), (a.batch,), device=device)
+        with autocast(device): loss = loss_of(a, model, to_z(x_all[i]), y_all[i], share)
         net.zero_grad()
         loss.backward()
         for view, p in zip(views, hidden.values()): view.grad = p.grad.flatten(1)
@@ -241,9 +229,9 @@ def train(a):
         decay = min(a.ema, (step + 1) / (step + 10))    # of the averaged weights; short at first
         torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - decay)
 
-        loss, done = loss.detach() / world, step + 1
+        loss, done, seconds = loss.detach() / world, step + 1, time.time() - since
         if world > 1: dist.all_reduce(loss)
-        total, seconds, last = total + loss, time.time() - since, done == a.steps or stop
+        total, last = total + loss, done == a.steps or stop
         if last or done % a.save_every == 0: save(done)
         if last or seconds > (0.2 if tty else 10):
             rate = (done - shown) / seconds
@@ -256,10 +244,10 @@ def train(a):
     averaged.eval()
     if a.arch == "classifier":
         say(f"{100 * accuracy(averaged, *test):.2f} % of the test images are read right at t = 1")
-    if a.arch == "vae":
-        with torch.no_grad():
-            errors = [averaged.decode(averaged.encode(to_unit(x))) - to_unit(x) for x in test[0].split(500)]
-        say(f"mean squared error of test images {torch.cat(errors).square().mean():.4f}, in [-1, 1]")
+    elif a.arch == "vae":
+        errors = [averaged.decode(averaged.encode(x)) - x for x in to_unit(test[0]).split(500)]
+        error = torch.cat(errors).square().mean()
+        say(f"mean squared error of test images, in [-1, 1]: {error:.4f}")
     say(f"wrote {a.out}")
 
 
@@ -270,34 +258,32 @@ class Parser(argparse.ArgumentParser):
 def number(kind, low, high):
     """An argparse type: a number of that kind in [low, high]."""
     def check(string):
-        value = kind(string)
-        if low <= value <= high: return value
+        if low <= kind(string) <= high: return kind(string)
         raise argparse.ArgumentTypeError(f"{string} is not in [{low:g}, {high:g}]")
-    check.__name__ = kind.__name__
+    check.__name__ = kind.__name__      # for argparse's own message
     return check
 
 
 def parse(argv=None):
-    p = Parser(description=__doc__)
-    many = number(int, 1, 10**9)
+    p, many, share = Parser(description=__doc__), number(int, 1, 1e9), number(float, 0, 1)
     p.add_argument("--arch", choices=NETS, required=True)
-    p.add_argument("--steps", type=many, help=f"--steps, --batch, --lr (peak): from {RECIPES}")
+    p.add_argument("--steps", type=many, help=f"and --batch and --lr, the peak: {RECIPES}")
     p.add_argument("--batch", type=many)
     p.add_argument("--lr", type=number(float, 1e-9, 1e3))
-    p.add_argument("--eta", type=number(float, 0, 1), default=0.1, help="label-drop probability (0.1)")
-    p.add_argument("--ema", type=number(float, 0, 1), default=0.999, help="decay of averaging (0.999)")
+    p.add_argument("--eta", type=share, default=0.1, help="label-drop probability (0.1)")
+    p.add_argument("--ema", type=share, default=0.999, help="decay of the averaged weights (0.999)")
     p.add_argument("--seed", type=number(int, 0, 2**32), default=0)
-    p.add_argument("--data", default=HERE / "data/mnist.npz", help=".npz, or folder of IDX files")
+    p.add_argument("--data", default=HERE / "data/mnist.npz", help=".npz, or a folder of IDX files")
     p.add_argument("--path", choices=PATHS, default="condot", help="probability path (condot)")
-    p.add_argument("--predict", choices=("u", "eps"), default="u", help="u: CFM loss; eps: DSM (u)")
+    p.add_argument("--predict", choices=("u", "eps"), default="u", help="CFM loss (u) or DSM loss")
     p.add_argument("--latent", metavar="VAE.pt", help="train in this autoencoder's latent space")
-    p.add_argument("--out", metavar="FILE.pt", help="runs/<arch>.pt, or runs/latent_<arch>.pt")
+    p.add_argument("--out", metavar="FILE.pt", help="runs/<arch>.pt or runs/latent_<arch>.pt")
     p.add_argument("--resume", action="store_true", help="go on from --out")
-    p.add_argument("--save-every", type=many, default=500, metavar="N", help="in steps (500)")
+    p.add_argument("--save-every", type=many, default=500, metavar="N", help="steps (500)")
     p.add_argument("--device", help="cuda where there is one, else cpu")
     a = p.parse_args(argv)
     if a.latent and a.arch not in LATENT: raise BadInput("--latent goes with --arch unet or dit")
-    for k, v in RECIPES[a.arch].items(): setattr(a, k, getattr(a, k) or v)
+    for k, v in zip(("steps", "batch", "lr"), RECIPES[a.arch]): setattr(a, k, getattr(a, k) or v)
     a.out = a.out or f"runs/{'latent_' if a.latent else ''}{a.arch}.pt"
     return a
 
@@ -306,9 +292,7 @@ def command(main):
     """Run main(): bad input or a refusing disk is one line and status 2; Ctrl-C is status 130."""
     try: return main()
     except KeyboardInterrupt: return 130
-    except BrokenPipeError:     # nobody reads stdout any more
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+    except BrokenPipeError: os._exit(1)                 # nobody reads stdout any more
     except (BadInput, OSError) as e:
         print(f"{Path(sys.argv[0]).name}: {e}", file=sys.stderr)
         return 2

@@ -1,8 +1,8 @@
 """The lecture's simplified U-Net, and a noisy classifier made of its encoder half.
 
-Lecture 4, "Lab Three U-Net" (000_9a64053bb9e2e45b.txt, 002_49842480371d0be4.txt): first convolution,
-encoders (residual layers, downsample), midcoder, decoders (upsample, skip connection, residual layers),
-last convolution; t and y are embedded and injected into every residual layer.
+Lecture 4, "Lab Three U-Net" (000_9a64053bb9e2e45b.txt): first convolution, encoders (residual
+layers, downsample), midcoder, decoders (upsample, skip connection, residual layers), last
+convolution; t and y are embedded and injected into every residual layer.
 B: batch, C: channels of x, H x W: its size, c: a stage's channels, E: width of the embedding.
 """
 import math
@@ -23,7 +23,7 @@ def time_embedding(E): return nn.Sequential(nn.Linear(128, E), nn.SiLU(), nn.Lin
 
 
 class ResidualLayer(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), with e scaling and shifting the second norm; x at first."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), the second norm scaled and shifted by e."""
 
     def __init__(self, c, E):
         super().__init__()
@@ -66,9 +66,9 @@ class Encoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """net(x, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..9 or 10, NULL -> (B, C, H, W).
+    """net(x, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..9 or NULL = 10 -> as x.
 
-    stride: of the first convolution; the last one undoes it by writing stride x stride pixels a place.
+    stride is that of the first convolution; the last one writes stride x stride pixels a place.
     """
 
     def __init__(self, channels=(32, 64, 128), layers=2, in_channels=1, stride=2, E=128):
@@ -93,7 +93,7 @@ class UNet(nn.Module):
 
 
 class NoisyClassifier(nn.Module):
-    """p(y|x_t, t) as logits (B, 10): the U-Net's encoder half, the mean over places, a linear layer."""
+    """p(y|x_t, t) as logits (B, 10): the U-Net's encoder half, mean over places, linear layer."""
 
     def __init__(self, channels=(32, 64, 128), layers=1, in_channels=1, stride=2, E=128):
         super().__init__()
@@ -102,5 +102,5 @@ class NoisyClassifier(nn.Module):
         self.norm, self.last = nn.GroupNorm(8, channels[-1]), nn.Linear(channels[-1], 10)
 
     def forward(self, x, t):
-        h = self.encoder(x, F.silu(self.time(time_features(t))))[-1]                    # (B, 128, 4, 4)
+        h = self.encoder(x, F.silu(self.time(time_features(t))))[-1]    # (B, 128, 4, 4)
         return self.last(F.silu(self.norm(h)).mean(dim=(2, 3)))     # (B, 10)

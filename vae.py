@@ -1,6 +1,6 @@
-"""The small variational autoencoder of latent diffusion: images (B, 1, 32, 32), latents (B, 4, 8, 8).
+"""The small autoencoder of latent diffusion: images (B, 1, 32, 32), latents (B, 4, 8, 8).
 
-004_4aa8a09610484fd5.txt, section 2.3: the generative model is trained in the latents of an autoencoder.
+004_4aa8a09610484fd5.txt, section 2.3: the generative model works on the latents of a VAE.
 """
 import torch
 import torch.nn as nn
@@ -12,25 +12,25 @@ def block(c_in, c_out):
 
 
 class VAE(nn.Module):
-    """encode: x (B, 1, 32, 32) in [-1, 1] -> the latent's mean (B, 4, 8, 8); decode: the way back."""
+    """encode: x (B, 1, 32, 32) in [-1, 1] -> mean of the latent (B, 4, 8, 8); decode: back."""
 
     def __init__(self, c=32):
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Conv2d(1, c, 4, stride=2, padding=1), nn.SiLU(), block(c, c),            # (B, c, 16, 16)
+            nn.Conv2d(1, c, 4, stride=2, padding=1), nn.SiLU(), block(c, c),    # (B, c, 16, 16)
             nn.Conv2d(c, 2 * c, 4, stride=2, padding=1), nn.SiLU(), block(2 * c, 2 * c),
             nn.Conv2d(2 * c, 2 * 4, 3, padding=1))      # (B, 8, 8, 8): mean and log variance
         self.decoder = nn.Sequential(
             block(4, 2 * c), block(2 * c, 2 * c), nn.Conv2d(2 * c, 4 * c, 3, padding=1),
             nn.PixelShuffle(2), block(c, c),            # (B, c, 16, 16)
-            nn.Conv2d(c, 4, 3, padding=1), nn.PixelShuffle(2))                          # (B, 1, 32, 32)
+            nn.Conv2d(c, 4, 3, padding=1), nn.PixelShuffle(2))                  # (B, 1, 32, 32)
 
     def encode(self, x): return self.encoder(x).chunk(2, dim=1)[0]
 
     def decode(self, latent): return self.decoder(latent)
 
     def forward(self, x, eps):
-        """The reconstruction from a draw mean + std eps of q(latent|x), the mean, the log variance."""
+        """Reconstruction from a draw mean + std eps of q(latent|x); the mean; the log variance."""
         mean, log_var = self.encoder(x).float().chunk(2, dim=1)
         return self.decode(mean + (log_var / 2).exp() * eps), mean, log_var
 
@@ -41,13 +41,13 @@ def kl_to_normal(mean, log_var):
 
 
 def vae_loss(net, x, share=slice(None), std=0.1):
-    """-ELBO = E_q[-log p(x|latent)] + KL(q(latent|x) || p(latent)); 003_da10c6c8947a0fc6.txt, "ELBO".
+    """-ELBO = E_q[-log p(x|latent)] + KL(q(latent|x) || p(latent)); 003_da10c6c8947a0fc6.txt, recap.
 
-    p(x|latent) = N(decode(latent), std^2 I), its constant left out, and all of it per pixel and times
-    2 std^2: a squared error with a light KL, as in latent diffusion (Rombach et al. 2022, section 3.1).
+    p(x|latent) = N(decode(latent), std^2 I). Without its constant, per pixel and times 2 std^2: the
+    squared error and a light KL, as in latent diffusion (Rombach et al. 2022, section 3.1).
     """
     eps = torch.randn(len(x), 4, 8, 8, device=x.device)
     x, eps = x[share], eps[share]
     recon, mean, log_var = net(x, eps)
-    elbo = -(x - recon.float()).square().flatten(1).sum(1) / (2 * std**2) - kl_to_normal(mean, log_var)
-    return -elbo.mean() * 2 * std**2 / x[0].numel()
+    log_p = -(x - recon.float()).square().flatten(1).sum(1) / (2 * std**2)
+    return (kl_to_normal(mean, log_var) - log_p).mean() * 2 * std**2 / x[0].numel()
