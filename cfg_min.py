@@ -16,7 +16,7 @@ NULL = 10       # the label for "no label", after MNIST's 0 ... 9
 
 
 def drop_labels(y, eta):
-    """y <- NULL with probability eta, each sample by itself, in a new tensor; Lecture 4, L_CFM^CFG."""
+    """y <- NULL with probability eta, each sample by itself, a new tensor; Lecture 4, L_CFM^CFG."""
     return torch.where(torch.rand(len(y), device=y.device) < eta, NULL, y)
 
 
@@ -36,7 +36,7 @@ def draw(path, z, y, eta, share=slice(None), draw_t=torch.rand):
 
 
 def cfg_cfm_loss(net, path, z, y, eta=0.1, **options):
-    """L_CFM^CFG = E || u_theta(x|y) - u_t(x|z) ||^2, mean over pixels; Lecture 4, "CFG Training"."""
+    """L_CFM^CFG = E || u_theta(x|y) - u_t(x|z) ||^2, mean over pixels; Lecture 4, "Training"."""
     x, t, y, z, eps = draw(path, z, y, eta, **options)
     return F.mse_loss(net(x, t, y), path.target(z, eps, t))
 
@@ -118,7 +118,7 @@ def heun(field, x, steps, t0=0.0):
 def euler_maruyama(field, x, steps, path=CondOT(), sigma=None, t0=0.0, randn=torch.randn_like):
     """dX = [u + sigma_t^2/2 score] dt + sigma_t dW; 002_49842480371d0be4.txt, "Sampling Algorithm".
 
-    With sigma_t^2 = 2 beta_t k_t the score term is -k_t eps. sigma None is k_t = 1, nowhere singular
+    With sigma_t^2 = 2 beta_t k_t the score term is -k_t eps. sigma None is k_t = 1: no singularity
     (CondOT: sigma_t = sqrt(2 (1 - t)), drift (1 + t) u - x); a number is sigma_t itself. sigma_t is
     at most sqrt(2/h) beta_{t+h}: a step must not put in more noise than the path has left.
     """
@@ -135,8 +135,8 @@ def euler_maruyama(field, x, steps, path=CondOT(), sigma=None, t0=0.0, randn=tor
 def ddim(field, x, steps, path=CondOT(), noise=0.0, t0=0.0, randn=torch.randn_like):
     """X_s = alpha_s z + sqrt(beta_s^2 - sigma^2) eps + sigma xi, with z and eps predicted at t.
 
-    noise = 0 is DDIM, on CondOT exactly Euler. noise = 1 is DDPM's ancestral step: sigma^2 is beta~,
-    the variance of q(x_s|x_t, z). Song et al. 2021 (DDIM), eq. 12, 16; 003_da10c6c8947a0fc6.txt.
+    noise = 0 is DDIM, on CondOT exactly Euler. noise = 1 is DDPM's sampler: sigma^2 is beta~, the
+    variance of q(x_s|x_t, z). Song et al. 2021 (DDIM), eq. 12, 16; 003_da10c6c8947a0fc6.txt.
     """
     for t, s in times(steps, t0):
         (alpha, beta, _, _), (alpha_s, beta_s, _, _) = path.at(t, x), path.at(s, x)

@@ -42,7 +42,7 @@ class Block(nn.Module):
     def __init__(self, D, heads):
         super().__init__()
         self.heads, self.qkv, self.out = heads, nn.Linear(D, 3 * D), nn.Linear(D, D)
-        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.GELU("tanh"), nn.Linear(4 * D, D))
+        self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D))
         self.modulation = nn.Linear(D, 6 * D)
         nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)
 

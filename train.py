@@ -25,7 +25,7 @@ HERE = Path(__file__).parent
 NETS = {"unet": UNet, "dit": DiT, "vae": VAE, "classifier": NoisyClassifier}
 LATENT = {"unet": dict(in_channels=4, channels=(64, 128), stride=1),
           "dit": dict(in_channels=4, size=8, patch=1)}      # options of the nets for 4x8x8 latents
-RECIPES = {"unet": (1600, 128, 4e-3), "dit": (3000, 128, 4e-3),
+RECIPES = {"unet": (1800, 128, 4e-3), "dit": (3000, 64, 8e-3),
            "vae": (2000, 128, 4e-3), "classifier": (1800, 128, 4e-3)}   # --steps, --batch, --lr
 
 
@@ -102,7 +102,7 @@ def write_whole(path, write):
 
 
 def read_checkpoint(path, device="cpu"):
-    """A dict of config, step, weights (averaged); of a run under way, net and optimizers too."""
+    """A dict of config, step, weights (averaged); of a run under way, net and optimizer too."""
     if not Path(path).is_file(): raise BadInput(f"{path}: no such checkpoint; train.py makes one")
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
@@ -124,7 +124,7 @@ def load_checkpoint(path, device="cpu"):
 
 def load_vae(path, device, wanted=None):
     """The autoencoder of a latent model, and its fingerprint. Raises BadInput if not the wanted."""
-    net, config = load_checkpoint(path, device)
+    net, config = load_checkpoint(path if Path(path).exists() else HERE / path, device)
     mark = fingerprint(*net.state_dict().values())
     if config["arch"] == "vae" and wanted in (None, mark): return net, mark
     raise BadInput(f"{path}: not the autoencoder (--arch vae) that this latent model goes with")
@@ -142,6 +142,30 @@ def autocast(device):
     """bf16 on CUDA, and on CPUs with instructions for it (1.3 to 1.6 x float32 when measured)."""
     fast = device.type == "cuda" or device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
     return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
+class MuonAndAdamW:
+    """Muon (Jordan 2024) for hidden matrices, kernels as (c_out, c_in k k); AdamW for the rest."""
+
+    def __init__(self, net):
+        self.kernels, rest = [], []
+        for name, p in net.named_parameters():
+            end = p.ndim == 1 or any(word in name for word in ("first", "last", "embed", "label"))
+            (rest if end else self.kernels).append(p)
+        self.matrices = [p.detach().flatten(1) for p in self.kernels]   # views of the same memory
+        muon = torch.optim.Muon(self.matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw")
+        self.both = muon, torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+
+    def step(self, lr):
+        for matrix, p in zip(self.matrices, self.kernels): matrix.grad = p.grad.flatten(1)
+        for optimizer in self.both:
+            optimizer.param_groups[0]["lr"] = lr
+            optimizer.step()
+
+    def state(self): return [optimizer.state_dict() for optimizer in self.both]
+
+    def load_state(self, states):
+        for optimizer, state in zip(self.both, states): optimizer.load_state_dict(state)
 
 
 def loss_of(a, net, z, y, share):
@@ -178,21 +202,14 @@ def train(a):
     torch.manual_seed(a.seed)
     net = NETS[a.arch](**config["net"]).to(device)
     averaged, model, start = copy.deepcopy(net).requires_grad_(False), net, 0
-    # Muon (Jordan 2024) for the hidden matrices, kernels as (c_out, c_in k k); AdamW for the rest
-    ends = "first", "last", "embed", "label"
-    hidden = {name: p for name, p in net.named_parameters()
-              if p.ndim > 1 and not any(e in name for e in ends)}
-    views = [p.detach().flatten(1) for p in hidden.values()]
-    rest = [p for name, p in net.named_parameters() if name not in hidden]
-    optimizers = (torch.optim.Muon(views, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"),
-                  torch.optim.AdamW(rest, betas=(0.9, 0.99), weight_decay=0.01, fused=True))
+    optimizer = MuonAndAdamW(net)
     if a.resume and Path(a.out).exists():
         ckpt = read_checkpoint(a.out, device)
         changed = ", ".join(k for k in config if ckpt["config"].get(k) != config[k])
         if changed: raise BadInput(f"{a.out} has another {changed}: choose another --out")
         if "net" not in ckpt: return say(f"{a.out} is finished: all {a.steps} steps are done")
         net.load_state_dict(ckpt["net"]), averaged.load_state_dict(ckpt["weights"])
-        for o, state in zip(optimizers, ckpt["optimizers"]): o.load_state_dict(state)
+        optimizer.load_state(ckpt["optimizer"])
         start = ckpt["step"]
     elif a.resume: say(f"{a.out} does not exist yet: starting at the beginning")
     if world > 1:
@@ -203,8 +220,7 @@ def train(a):
         if not math.isfinite(total):
             raise BadInput(f"loss not finite at step {step}: lower --lr; {a.out} is as saved last")
         ckpt = dict(config=config, step=step, weights=averaged.state_dict())
-        if step < a.steps:
-            ckpt.update(net=net.state_dict(), optimizers=[o.state_dict() for o in optimizers])
+        if step < a.steps: ckpt.update(net=net.state_dict(), optimizer=optimizer.state())
         if rank == 0: write_whole(a.out, lambda file: torch.save(ckpt, file))
 
     def interrupt(*_):          # the first Ctrl-C stops after the step, a second one at once
@@ -222,10 +238,7 @@ def train(a):
         with autocast(device): loss = loss_of(a, model, to_z(x_all[i]), y_all[i], share)
         net.zero_grad()
         loss.backward()
-        for view, p in zip(views, hidden.values()): view.grad = p.grad.flatten(1)
-        for o in optimizers:    # warm-up, then linear decay
-            o.param_groups[0]["lr"] = a.lr * min((step + 1) / 100, 1) * (1 - step / a.steps)
-            o.step()
+        optimizer.step(a.lr * min((step + 1) / 100, 1) * (1 - step / a.steps))  # warm-up, decay
         decay = min(a.ema, (step + 1) / (step + 10))    # of the averaged weights; short at first
         torch._foreach_lerp_(list(averaged.parameters()), list(net.parameters()), 1 - decay)
 

@@ -41,7 +41,7 @@ def kl_to_normal(mean, log_var):
 
 
 def vae_loss(net, x, share=slice(None), std=0.1):
-    """-ELBO = E_q[-log p(x|latent)] + KL(q(latent|x) || p(latent)); 003_da10c6c8947a0fc6.txt, recap.
+    """-ELBO = E_q[-log p(x|latent)] + KL(q(latent|x) || p(latent)); 003_da10c6c8947a0fc6.txt.
 
     p(x|latent) = N(decode(latent), std^2 I). Without its constant, per pixel and times 2 std^2: the
     squared error and a light KL, as in latent diffusion (Rombach et al. 2022, section 3.1).
