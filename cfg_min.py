@@ -140,8 +140,7 @@ def ddim(field, x, steps, path=CondOT(), noise=0.0, t0=0.0, randn=torch.randn_li
     """
     for t, s in times(steps, t0):
         (alpha, beta, _, _), (alpha_s, beta_s, _, _) = path.at(t, x), path.at(s, x)
-        u = field(x, t)
-        z, eps = path.u_to_data(u, x, t), path.u_to_eps(u, x, t)
+        z, eps = path.solve(field(x, t), x, t)
         var = (beta_s / beta)**2 * (beta**2 - (alpha / alpha_s * beta_s)**2)            # beta~
         sigma = noise * var.clamp(min=0).sqrt()
         x = alpha_s * z + (beta_s**2 - sigma**2).sqrt() * eps

@@ -33,19 +33,18 @@ class GaussianPath:
         _, _, d_alpha, d_beta = self.at(t, z)
         return d_alpha * z + d_beta * eps
 
-    def u_to_data(self, u, x, t):
-        """z = (beta u - beta' x) / W; of a marginal field, E[z|x]."""
+    def solve(self, u, x, t):
+        """z and eps of the point x that moves with u; of a marginal field u, E[z|x] and E[eps|x]."""
         alpha, beta, d_alpha, d_beta = self.at(t, x)
-        return (beta * u - d_beta * x) / (d_alpha * beta - alpha * d_beta)
+        W = d_alpha * beta - alpha * d_beta
+        return (beta * u - d_beta * x) / W, (d_alpha * x - alpha * u) / W
 
-    def u_to_eps(self, u, x, t):
-        """eps = (alpha' x - alpha u) / W; of a marginal field, E[eps|x]."""
-        alpha, beta, d_alpha, d_beta = self.at(t, x)
-        return (d_alpha * x - alpha * u) / (d_alpha * beta - alpha * d_beta)
+    def u_to_data(self, u, x, t): return self.solve(u, x, t)[0]
+    def u_to_eps(self, u, x, t): return self.solve(u, x, t)[1]
 
     def u_to_score(self, u, x, t):
         """grad log p_t(x) = -eps / beta; infinite at t = 1."""
-        return -self.u_to_eps(u, x, t) / self.at(t, x)[1]
+        return -self.solve(u, x, t)[1] / self.at(t, x)[1]
 
     def eps_to_u(self, eps, x, t):
         """u = (alpha' x - W eps) / alpha; 0/0 at alpha = 0, where eps = x for any z."""

@@ -1,4 +1,5 @@
 """From a checkpoint to a picture: `python sample.py --w 3`. Samples, figure, report, options."""
+import argparse
 import struct
 import sys
 import time
@@ -95,7 +96,8 @@ def generate(a, net, classifier, config, w, y, decode):
 
 
 def parse(argv=None):
-    p, many, share = train.Parser(description=__doc__), number(int, 1, 10**9), number(float, 0, 1)
+    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)   # errors in one line
+    many, share = number(int, 1, 1e9), number(float, 0, 1)
     p.add_argument("--w", type=number(float, -1e3, 1e3), nargs="+", required=True,
                    help="guidance scales; 1 is the conditional model, 0 the unconditional one")
     p.add_argument("--ckpt", metavar="FILE.pt", help="newest of runs/, else weights/unet.pt")
@@ -120,7 +122,7 @@ def parse(argv=None):
             (a.interval[0] > a.interval[1], "--interval LO HI needs LO <= HI"),
             (not png and not a.out.endswith(".npz"), "--out must end in .png or .npz"),
             (not png and (len(a.w) > 1 or a.trajectory), ".npz takes one --w, no --trajectory")):
-        if wrong: raise BadInput(what)
+        if wrong: p.error(what)
     return a
 
 

@@ -549,6 +549,7 @@ def run(tmp_path, monkeypatch, few):
         if script == "train.py" and "--data" not in argv: argv += ["--data", str(few)]
         main = {"train.py": train.main, "sample.py": sample.main}[script]
         try: return train.command(lambda: main(argv)) or 0
+        except SystemExit as e: return e.code                       # argparse's way out
         finally: signal.signal(signal.SIGINT, handler)
     return run
 

@@ -162,11 +162,6 @@ class MuonAndAdamW:
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
 
-    def state(self): return [optimizer.state_dict() for optimizer in self.both]
-
-    def load_state(self, states):
-        for optimizer, state in zip(self.both, states): optimizer.load_state_dict(state)
-
 
 def loss_of(a, net, z, y, share):
     """The loss that --arch and --predict ask for, on this process's share of the batch."""
@@ -209,7 +204,7 @@ def train(a):
         if changed: raise BadInput(f"{a.out} has another {changed}: choose another --out")
         if "net" not in ckpt: return say(f"{a.out} is finished: all {a.steps} steps are done")
         net.load_state_dict(ckpt["net"]), averaged.load_state_dict(ckpt["weights"])
-        optimizer.load_state(ckpt["optimizer"])
+        for o, state in zip(optimizer.both, ckpt["optimizer"]): o.load_state_dict(state)
         start = ckpt["step"]
     elif a.resume: say(f"{a.out} does not exist yet: starting at the beginning")
     if world > 1:
@@ -220,7 +215,8 @@ def train(a):
         if not math.isfinite(total):
             raise BadInput(f"loss not finite at step {step}: lower --lr; {a.out} is as saved last")
         ckpt = dict(config=config, step=step, weights=averaged.state_dict())
-        if step < a.steps: ckpt.update(net=net.state_dict(), optimizer=optimizer.state())
+        if step < a.steps:      # what --resume needs
+            ckpt.update(net=net.state_dict(), optimizer=[o.state_dict() for o in optimizer.both])
         if rank == 0: write_whole(a.out, lambda file: torch.save(ckpt, file))
 
     def interrupt(*_):          # the first Ctrl-C stops after the step, a second one at once
@@ -261,11 +257,8 @@ def train(a):
         errors = [averaged.decode(averaged.encode(x)) - x for x in to_unit(test[0]).split(500)]
         error = torch.cat(errors).square().mean()
         say(f"mean squared error of test images, in [-1, 1]: {error:.4f}")
+    if world > 1: dist.destroy_process_group()
     say(f"wrote {a.out}")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message): raise BadInput(f"{message} (-h lists the options)")
 
 
 def number(kind, low, high):
@@ -278,7 +271,8 @@ def number(kind, low, high):
 
 
 def parse(argv=None):
-    p, many, share = Parser(description=__doc__), number(int, 1, 1e9), number(float, 0, 1)
+    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)   # errors in one line
+    many, share = number(int, 1, 1e9), number(float, 0, 1)
     p.add_argument("--arch", choices=NETS, required=True)
     p.add_argument("--steps", type=many, help=f"and --batch and --lr, the peak: {RECIPES}")
     p.add_argument("--batch", type=many)
@@ -295,7 +289,7 @@ def parse(argv=None):
     p.add_argument("--save-every", type=many, default=500, metavar="N", help="steps (500)")
     p.add_argument("--device", help="cuda where there is one, else cpu")
     a = p.parse_args(argv)
-    if a.latent and a.arch not in LATENT: raise BadInput("--latent goes with --arch unet or dit")
+    if a.latent and a.arch not in LATENT: p.error("--latent goes with --arch unet or dit")
     for k, v in zip(("steps", "batch", "lr"), RECIPES[a.arch]): setattr(a, k, getattr(a, k) or v)
     a.out = a.out or f"runs/{'latent_' if a.latent else ''}{a.arch}.pt"
     return a

@@ -38,14 +38,7 @@ class ResidualLayer(nn.Module):
         return x + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
 
-class Stage(nn.ModuleList):
-    """The residual layers of one resolution, one after the other."""
-
-    def __init__(self, c, E, layers): super().__init__(ResidualLayer(c, E) for _ in range(layers))
-
-    def forward(self, h, e):
-        for layer in self: h = layer(h, e)
-        return h
+def stage(c, E, layers): return nn.ModuleList(ResidualLayer(c, E) for _ in range(layers))
 
 
 class Encoder(nn.Module):
@@ -54,14 +47,16 @@ class Encoder(nn.Module):
     def __init__(self, channels, layers, in_channels, stride, E):
         super().__init__()
         self.first = nn.Conv2d(in_channels, channels[0], 2 * stride + 1, stride, padding=stride)
-        self.stages = nn.ModuleList(Stage(c, E, layers) for c in channels)
+        self.stages = nn.ModuleList(stage(c, E, layers) for c in channels)
         pairs = zip(channels, channels[1:])
         self.downs = nn.ModuleList(nn.Conv2d(c, d, 3, stride=2, padding=1) for c, d in pairs)
 
     def forward(self, x, e):
-        ends = [self.stages[0](self.first(x), e)]                   # (B, c, H/stride, W/stride)
-        for down, stage in zip(self.downs, self.stages[1:]):
-            ends.append(stage(down(ends[-1]), e))                   # half the size, the next c
+        ends = []                               # (B, c, H/stride, W/stride), then half the size, ...
+        for down, layers in zip([self.first, *self.downs], self.stages):
+            h = down(ends[-1] if ends else x)
+            for layer in layers: h = layer(h, e)
+            ends.append(h)
         return ends
 
 
@@ -77,7 +72,7 @@ class UNet(nn.Module):
         self.encoder = Encoder(channels, layers, in_channels, stride, E)
         pairs = list(zip(channels, channels[1:]))[::-1]
         self.ups = nn.ModuleList(nn.Conv2d(d, c, 3, padding=1) for c, d in pairs)
-        self.decoders = nn.ModuleList(Stage(c, E, layers) for c, _ in pairs)
+        self.decoders = nn.ModuleList(stage(c, E, layers) for c, _ in pairs)
         self.norm = nn.GroupNorm(8, channels[0])
         self.last = nn.Conv2d(channels[0], in_channels * stride**2, 3, padding=1)
         nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
@@ -85,9 +80,9 @@ class UNet(nn.Module):
     def forward(self, x, t, y):
         e = F.silu(self.time(time_features(t)) + self.label(y))     # (B, E)
         *skips, h = self.encoder(x, e)          # (B, 32, 16, 16), (B, 64, 8, 8); (B, 128, 4, 4)
-        for up, decoder in zip(self.ups, self.decoders):
-            h = up(F.interpolate(h, scale_factor=2))                # twice the size, the previous c
-            h = decoder(h + skips.pop(), e)
+        for up, layers in zip(self.ups, self.decoders):
+            h = up(F.interpolate(h, scale_factor=2)) + skips.pop()  # twice the size, the previous c
+            for layer in layers: h = layer(h, e)
         h = self.last(F.silu(self.norm(h)))     # (B, C stride stride, H/stride, W/stride)
         return F.pixel_shuffle(h, self.stride)  # (B, C, H, W)
 
