@@ -55,7 +55,7 @@ def newest(fits, shipped):
     runs = sorted(Path("runs").glob("*.pt"), key=lambda file: -file.stat().st_mtime)
     for file in (*runs, train.HERE / "weights" / shipped):
         try:
-            if fits(train.read_checkpoint(file)["config"]): return file
+            if fits(train.load_checkpoint(file)[1]): return file
         except BadInput: pass       # a damaged file is in nobody's way
 
 

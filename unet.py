@@ -90,12 +90,12 @@ class UNet(nn.Module):
 class NoisyClassifier(nn.Module):
     """p(y|x_t, t) as logits (B, 10): the U-Net's encoder half, mean over places, linear layer."""
 
-    def __init__(self, channels=(32, 64, 128), layers=1, in_channels=1, stride=2, E=128):
+    def __init__(self, channels=(24, 48, 64), layers=1, in_channels=1, stride=2, E=128):
         super().__init__()
         self.time = time_embedding(E)
         self.encoder = Encoder(channels, layers, in_channels, stride, E)
         self.norm, self.last = nn.GroupNorm(8, channels[-1]), nn.Linear(channels[-1], 10)
 
     def forward(self, x, t):
-        h = self.encoder(x, F.silu(self.time(time_features(t))))[-1]    # (B, 128, 4, 4)
+        h = self.encoder(x, F.silu(self.time(time_features(t))))[-1]    # (B, 64, 4, 4)
         return self.last(F.silu(self.norm(h)).mean(dim=(2, 3)))     # (B, 10)
