@@ -1,5 +1,6 @@
 """From a checkpoint to a picture: `python sample.py --w 3`. Samples, figure, report, options."""
 import argparse
+import os
 import struct
 import sys
 import time
@@ -19,7 +20,7 @@ SAMPLERS = {"euler": euler, "heun": heun, "em": euler_maruyama, "ddim": ddim}
 CHUNK = 100     # samples computed at once
 FONT = dict(zip("0123456789.-+e=wt ", (        # 3 x 5 dots: an octal digit a row
     0o75557, 0o26227, 0o71747, 0o71717, 0o55711, 0o74717, 0o74757, 0o71122, 0o75757, 0o75717,
-    0o00002, 0o00700, 0o02720, 0o07747, 0o07070, 0o55575, 0o27222, 0)))
+    0o00002, 0o00700, 0o02720, 0o07747, 0o07070, 0o05577, 0o27222, 0)))
 
 
 def text(string, size):
@@ -55,7 +56,7 @@ def newest(fits, shipped):
     runs = sorted(Path("runs").glob("*.pt"), key=lambda file: -file.stat().st_mtime)
     for file in (*runs, train.HERE / "weights" / shipped):
         try:
-            if fits(train.load_checkpoint(file)[1]): return file
+            if fits(train.load_checkpoint(file)[1]): return os.path.relpath(file)
         except BadInput: pass       # a damaged file is in nobody's way
 
 
@@ -65,7 +66,15 @@ def generate(a, net, classifier, config, w, y, decode):
     Sample i is made of random numbers of (seed, i) alone: N and CHUNK do not change it.
     """
     path, images, frames = PATHS[config["path"]], [], []
-    net_u = net if config["predict"] == "u" else lambda x, t, y: path.eps_to_u(net(x, t, y), x, t)
+    limit = 4.0 if config["latent"] else 1.0            # of |z|: standard deviations, or pixels
+
+    def net_u(x, t, y):
+        if config["predict"] == "u": return net(x, t, y)
+        u = path.eps_to_u(net(x, t, y), x, t)           # errors in eps, over a small alpha:
+        z = path.u_to_data(u, x, t).clamp(-limit, limit)    # so z is clipped, as Ho et al. 2020 do
+        alpha, beta, _, _ = path.at(t, x)
+        return path.target(z, (x - alpha * z) / beta, t)
+
     singular = config["predict"] == "eps" or a.guidance == "classifier"     # divide by alpha
     t0 = 0.01 if singular and path.alpha(torch.zeros(1)) == 0 else 0.0
     for ids in torch.arange(len(y)).split(CHUNK):
@@ -162,8 +171,8 @@ def main(argv=None):
         if judge:
             spread = train.diversity(images[:n], y) / config["real_diversity"]
             share = train.accuracy(judge, images[:n, None], y)
-            print(f"w = {w:g}: {100 * share:.1f} % read as their label by {judge_file}, "
-                  f"diversity {spread:.2f} of that of real digits")
+            print(f"w = {w:g}: {100 * share:.1f} % read as their label by {judge_file}"
+                  + f", diversity {spread:.2f} of that of real digits" * (spread > 0))    # not nan
         rows = min(n, 10)           # sample i stands in row i % 10: a row a digit
         grid = F.pad(images[:n], (0, 0, 0, 0, 0, -n % rows))
         grid = grid.view(-1, rows, 32, 32).transpose(0, 1)
