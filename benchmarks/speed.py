@@ -1,8 +1,8 @@
-"""Speed and quality of what is here, on the machine that it runs on: `python benchmarks/speed.py [PART ...]`.
+"""Speed and quality on the machine at hand: `python benchmarks/speed.py [rate|calls|time ...]`.
 
-Parts: rate (matrix products, training, sampling, memory), calls (quality against network calls),
-time (quality after 30, 60, 120, 300 s of training; PNG beside this file), all three by default;
---against FILE.py compares a training step with another's: make_net(), train_step(net, optimizer, z, y).
+rate: matrix products, training, sampling, memory. calls: quality against network calls.
+time: quality after 30, 60, 120 and 300 s of training, and a PNG of it. All three by default.
+--against FILE.py: our training step and another's, make_net() and train_step(net, optimizer, z, y).
 """
 import argparse
 import importlib.util
@@ -53,14 +53,16 @@ def matmul_rate(dtype, n=2048):
 
 def run(script, *options):
     """Run a command of the project; returns what it printed."""
-    done = subprocess.run([sys.executable, ROOT / script, *map(str, options)], capture_output=True, text=True)
+    command = [sys.executable, ROOT / script, *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode: sys.exit(f"{script} {options}: {done.stderr}")
     return done.stdout
 
 
 def batch_of(arch, options, batch):
     shape = (4, 8, 8) if options else (1, 32, 32)
-    return torch.randn(batch, *shape, device=DEVICE), torch.randint(0, NULL, (batch,), device=DEVICE)
+    z = torch.randn(batch, *shape, device=DEVICE)
+    return z, torch.randint(0, NULL, (batch,), device=DEVICE)
 
 
 def our_step(net, optimizer, z, y):
@@ -77,8 +79,9 @@ def rates():
     rate = {k: matmul_rate(v) for k, v in kinds.items()}
     used = "bf16" if train.autocast(DEVICE)._enabled else "float32"
     print(f"matrix product, 2048 x 2048, on {DEVICE}, {torch.get_num_threads()} threads: "
-          + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in rate.items()) + f"; networks use {used}")
-    print("net          MFLOP/image   training images/s  share   sampling images/s  share   in the net")
+          + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in rate.items())
+          + f"; networks use {used}")
+    print("net          MFLOP/image  training images/s  share  sampling calls/s  share  in net")
     for name, (arch, options) in NETS.items():
         torch.manual_seed(0)
         batch, net = train.RECIPES[arch][1], train.NETS[arch](**options).to(DEVICE)
@@ -105,22 +108,23 @@ def rates():
         with torch.no_grad(): sample.generate(a, timed, None, config, 3.0, y, decode)
         total = time.perf_counter() - began
         calls_per_s = 200 * 2 * 10 / total                      # guided: two evaluations a step
-        print(f"{name:12s} {flop / 1e6:11.0f} {per_s:19.0f} {3 * flop * per_s / rate[used]:6.0%} "
-              f"{calls_per_s:17.0f} {flop * calls_per_s / rate[used]:8.0%} {inside / total:10.1%}")
+        print(f"{name:12s} {flop / 1e6:11.0f} {per_s:18.0f} {3 * flop * per_s / rate[used]:6.0%} "
+              f"{calls_per_s:17.0f} {flop * calls_per_s / rate[used]:6.0%} {inside / total:7.1%}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"peak memory of this process {peak:.0f} MiB"
-          + (f", of the GPU {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB" if DEVICE.type == "cuda" else ""))
+    print(f"peak memory of this process {peak:.0f} MiB")
+    if DEVICE.type == "cuda":
+        print(f"peak memory of the GPU {torch.cuda.max_memory_allocated() / 2**20:.0f} MiB")
 
 
 # ------------------------------------------------------------------------------ quality
 
 def features(classifier, images):
-    """The classifier's last hidden layer for images (N, 32, 32) uint8: (N, 128), and what it reads."""
+    """The classifier's last hidden layer for images (N, 32, 32) uint8, and what it reads."""
     kept = []
     hook = classifier.last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
     with torch.no_grad():
-        reads = [classifier(train.to_unit(x[:, None].to(DEVICE)), torch.ones(len(x), device=DEVICE)).argmax(1)
-                 for x in images.split(500)]
+        reads = [classifier(train.to_unit(x), torch.ones(len(x), device=DEVICE)).argmax(1)
+                 for x in images[:, None].to(DEVICE).split(500)]
     hook.remove()
     return torch.cat(kept).double().cpu(), torch.cat(reads).cpu()
 
@@ -133,46 +137,51 @@ def frechet(a, b):
 
 
 class Judge:
-    """Accuracy, Frechet distance to the test digits over its floor, and diversity of a set of samples."""
+    """Accuracy, Frechet distance to the test digits over its floor, diversity, seconds."""
 
     def __init__(self, n):
         self.n, (x, _, test, y) = n, train.load_data()
         self.classifier, _ = train.load_checkpoint(ROOT / "weights/classifier.pt", DEVICE)
         self.test, _ = features(self.classifier, test[:, 0])
-        self.floor = frechet(features(self.classifier, x[:n, 0])[0], self.test)     # as many real digits
+        real, _ = features(self.classifier, x[:n, 0])           # as many real training digits
+        self.floor = frechet(real, self.test)
         self.real = train.diversity(test, y)
 
     def __call__(self, ckpt, w, *options):
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "a.npz"
             said = run("sample.py", "--ckpt", ckpt, "--w", w, "--n", self.n, "--out", out, *options)
-            with np.load(out) as a: images, labels = (torch.from_numpy(a[k]) for k in ("images", "labels"))
+            with np.load(out) as a:
+                images, labels = (torch.from_numpy(a[k]) for k in ("images", "labels"))
         f, reads = features(self.classifier, images)
         seconds = float(re.search(r"([\d.]+) s$", said.strip())[1])
-        return (100 * (reads == labels).double().mean().item(), (frechet(f, self.test) / self.floor).item(),
-                train.diversity(images, labels) / self.real, seconds)
+        distance = (frechet(f, self.test) / self.floor).item()
+        diversity = train.diversity(images, labels) / self.real
+        return 100 * (reads == labels).double().mean().item(), distance, diversity, seconds
 
 
 def calls(n):
     """Quality against network calls, with the shipped U-Net at w = 2."""
     judge = Judge(n)
-    print(f"\n{n} samples of weights/unet.pt at w = 2: % read as their label / Frechet distance over its floor / seconds")
+    print(f"\n{n} samples of weights/unet.pt at w = 2: "
+          "% read as their label / Frechet distance over its floor / seconds")
     budgets = (5, 10, 20, 50, 100)
     print("calls     " + "".join(f"{b:>20d}" for b in budgets))
     for sampler in ("euler", "heun", "ddim", "em"):
         cells = []
         for b in budgets:
             steps = (b + 1) // 2 if sampler == "heun" else b
-            accuracy, distance, _, seconds = judge(ROOT / "weights/unet.pt", 2, "--sampler", sampler, "--steps", steps)
+            options = "--sampler", sampler, "--steps", steps
+            accuracy, distance, _, seconds = judge(ROOT / "weights/unet.pt", 2, *options)
             cells.append(f"{accuracy:.1f} / {distance:.2f} / {seconds:.0f}")
         print(f"{sampler:10s}" + "".join(f"{c:>20s}" for c in cells), flush=True)
 
 
 def time_to_quality(n, budgets, seeds, arch="unet"):
-    """Quality after so many seconds of training from nothing: the steps that fit are what --steps is set to."""
+    """Quality after so many seconds of training from nothing: --steps is set to what fits."""
     judge, batch = Judge(n), train.RECIPES[arch][1]
-    print(f"\ntime to quality of --arch {arch}, {n} samples, medians of {seeds} seeds, 50 Euler steps")
-    print("seconds of training   steps    loss     w = 1: %, Frechet/floor, diversity    w = 3: the same")
+    print(f"\n--arch {arch}, {n} samples in 50 Euler steps, medians of {seeds} seeds")
+    print("seconds of training   steps    loss   w = 1: %, Frechet, diversity   w = 3: the same")
     curve = []
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "a.pt"
@@ -182,9 +191,10 @@ def time_to_quality(n, budgets, seeds, arch="unet"):
             rows, steps = [], max(100, int(budget * rate / batch))
             for seed in range(seeds):
                 began = time.perf_counter()
-                said = run("train.py", "--arch", arch, "--steps", steps, "--seed", seed, "--out", out)
+                options = "--arch", arch, "--steps", steps, "--seed", seed, "--out", out
+                said = run("train.py", *options)
                 seconds = time.perf_counter() - began
-                rate = steps * batch / seconds                  # start-up included, for the next one
+                rate = steps * batch / seconds                  # start-up included
                 loss = float(re.findall(r"loss ([\d.]+)", said)[-1])
                 rows.append([seconds, loss, *judge(out, 1)[:3], *judge(out, 3)[:3]])
                 steps = max(100, int(budget * rate / batch))
@@ -196,56 +206,60 @@ def time_to_quality(n, budgets, seeds, arch="unet"):
 
 
 def plot(curve, file, size=(240, 480)):
-    """Loss, and accuracy at w = 1 and 3, against the logarithm of seconds, as a PNG with this project's means."""
+    """Accuracy at w = 1 and 3, and loss, against the logarithm of seconds of training, as a PNG."""
     H, W = size
     seconds = np.log([m[0] for m in curve])
     x = 40 + (seconds - seconds[0]) / max(seconds[-1] - seconds[0], 1e-9) * (W - 80)
     panels = []
-    for title, column, low, high in (("100 w=1", 2, 50, 100), ("100 w=3", 5, 50, 100), ("0.2 t", 1, 0.1, 0.2)):
+    kinds = ("100 w=1", 2, 50, 100), ("100 w=3", 5, 50, 100), ("0.2", 1, 0.1, 0.2)
+    for title, column, low, high in kinds:
         picture = np.zeros((H, W), np.uint8)
         picture[20:H - 20, 38:40] = picture[H - 22:H - 20, 38:W - 20] = 96
-        y = H - 22 - (np.clip([m[column] for m in curve], low, high) - low) / (high - low) * (H - 44)
+        y = (np.clip([m[column] for m in curve], low, high) - low) / (high - low)
+        y = H - 22 - y * (H - 44)
         columns = np.arange(int(x[0]), int(x[-1]) + 1)
         rows = np.interp(columns, x, y).astype(int)
         picture[rows, columns] = picture[rows + 1, columns] = 255
-        for words, row, column_ in ((title, 5, 8), (f"{low:g}", H - 15, 8),
-                                    *((f"{m[0]:.0f}", H - 15, int(c) - 10) for m, c in zip(curve, x))):
+        marks = [(f"{m[0]:.0f}", H - 15, int(c) - 10) for m, c in zip(curve, x)]
+        for words, top, left in ((title, 5, 8), (f"{low:g}", H - 15, 8), *marks):
             dots = sample.text(words, 2)
-            picture[row:row + dots.shape[0], column_:column_ + dots.shape[1]] |= dots[:, :W - column_]
+            picture[top:top + dots.shape[0], left:left + dots.shape[1]] |= dots[:, :W - left]
         panels.append(picture)
     train.write_whole(file, lambda f: sample.write_png(f, np.concatenate(panels, axis=1)))
 
 
 def against(file):
-    """Our training step and another's in alternation, on the same batch: the ratio of images/s, pair by pair."""
+    """Our training step and another's in turn, on one batch: ratios of images/s."""
     spec = importlib.util.spec_from_file_location("other", file)
     other = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(other)
     ours, theirs = train.NETS["unet"]().to(DEVICE), other.make_net().to(DEVICE)
-    optimizer, their_optimizer = train.MuonAndAdamW(ours), torch.optim.AdamW(theirs.parameters(), lr=1e-4)
+    optimizer = train.MuonAndAdamW(ours)
+    their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4)
     z, y = batch_of("unet", {}, 128)
     ratios = []
     for _ in range(5):
         a = median_time(lambda: our_step(ours, optimizer, z, y), 3)
         b = median_time(lambda: other.train_step(theirs, their_optimizer, z, y), 3)
         ratios.append(b / a)
-        print(f"ours {128 / a:.0f} images/s, {Path(file).name} {128 / b:.0f} images/s, ratio {b / a:.2f}", flush=True)
+        print(f"ours {128 / a:.0f} images/s, theirs {128 / b:.0f} images/s, ratio {b / a:.2f}")
     print(f"median ratio {statistics.median(ratios):.2f}")
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__)
     p.add_argument("part", nargs="*", help="rate, calls, time (default: all)")
     p.add_argument("--against", metavar="FILE.py")
     p.add_argument("--n", type=int, default=1000, help="samples a measurement")
-    p.add_argument("--seconds", type=int, nargs="+", default=(30, 60, 120, 300), help="training budgets")
+    p.add_argument("--seconds", type=int, nargs="+", default=(30, 60, 120, 300), help="of training")
     p.add_argument("--seeds", type=int, default=3)
     a = p.parse_args()
     if a.against: return against(a.against)
     parts = a.part or ["rate", "calls", "time"]
     if "rate" in parts: rates()
     if "calls" in parts: calls(a.n)
-    if "time" in parts: plot(time_to_quality(a.n, a.seconds, a.seeds), Path(__file__).with_name("speed.png"))
+    if "time" in parts:
+        plot(time_to_quality(a.n, a.seconds, a.seeds), Path(__file__).with_name("speed.png"))
 
 
 if __name__ == "__main__":
