@@ -2,6 +2,7 @@
 import argparse
 import copy
 import gzip
+import io
 import math
 import os
 import shutil
@@ -217,7 +218,9 @@ def train(a):
         ckpt = dict(config=config, step=step, weights=averaged.state_dict())
         if step < a.steps:      # what --resume needs
             ckpt.update(net=net.state_dict(), optimizer=[o.state_dict() for o in optimizer.both])
-        if rank == 0: write_whole(a.out, lambda file: torch.save(ckpt, file))
+        buffer = io.BytesIO()   # a full disk is then an OSError, as torch.save's own is not
+        torch.save(ckpt, buffer)
+        if rank == 0: write_whole(a.out, lambda file: file.write(buffer.getbuffer()))
 
     def interrupt(*_):          # the first Ctrl-C stops after the step, a second one at once
         nonlocal stop
