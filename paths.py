@@ -34,7 +34,7 @@ class GaussianPath:
         return d_alpha * z + d_beta * eps
 
     def solve(self, u, x, t):
-        """z and eps of the point x that moves with u; of a marginal field u, E[z|x] and E[eps|x]."""
+        """z and eps of the point x that moves with u; of a marginal field, E[z|x] and E[eps|x]."""
         alpha, beta, d_alpha, d_beta = self.at(t, x)
         W = d_alpha * beta - alpha * d_beta
         return (beta * u - d_beta * x) / W, (d_alpha * x - alpha * u) / W

@@ -52,7 +52,7 @@ class Encoder(nn.Module):
         self.downs = nn.ModuleList(nn.Conv2d(c, d, 3, stride=2, padding=1) for c, d in pairs)
 
     def forward(self, x, e):
-        ends = []                               # (B, c, H/stride, W/stride), then half the size, ...
+        ends = []                               # (B, c, H/stride, W/stride), then halves
         for down, layers in zip([self.first, *self.downs], self.stages):
             h = down(ends[-1] if ends else x)
             for layer in layers: h = layer(h, e)
