@@ -14,16 +14,13 @@ from paths import CondOT
 
 NULL = 10       # the label for "no label", after MNIST's 0 ... 9
 
-
 def drop_labels(y, eta):
     """y <- NULL with probability eta, each sample by itself, a new tensor; Lecture 4, L_CFM^CFG."""
     return torch.where(torch.rand(len(y), device=y.device) < eta, NULL, y)
 
-
 def logit_normal(n, device=None):
     """t with logit(t) ~ N(0, 1), seldom near 0 or 1, where little is decided; Esser et al. 2024."""
     return torch.randn(n, device=device).sigmoid()
-
 
 def draw(path, z, y, eta, share=slice(None), draw_t=torch.rand):
     """What the losses average over: y <- NULL with probability eta, t ~ U[0, 1), x ~ p_t(x|z).
@@ -34,27 +31,23 @@ def draw(path, z, y, eta, share=slice(None), draw_t=torch.rand):
     z, y, t, eps = z[share], y[share], t[share], eps[share]
     return path.sample(z, eps, t), t, y, z, eps
 
-
 def cfg_cfm_loss(net, path, z, y, eta=0.1, **options):
     """L_CFM^CFG = E || u_theta(x|y) - u_t(x|z) ||^2, mean over pixels; Lecture 4, "Training"."""
     x, t, y, z, eps = draw(path, z, y, eta, **options)
     return F.mse_loss(net(x, t, y), path.target(z, eps, t))
 
-
 def cfg_dsm_loss(net, path, z, y, eta=0.1, **options):
-    """E || eps_theta(x|y) - eps ||^2: L_DSM^CFG (002_49842480371d0be4.txt) times beta_t^2.
+    """E || eps_theta(x|y) - eps ||^2: DDPM's L_simple (003_da10c6c8947a0fc6.txt), labels dropped.
 
-    For the score is -eps/beta_t. It is DDPM's L_simple (003_da10c6c8947a0fc6.txt), labels dropped.
+    As score = -eps/beta_t, it is L_DSM^CFG (002_49842480371d0be4.txt) times beta_t^2.
     """
     x, t, y, _, eps = draw(path, z, y, eta, **options)
     return F.mse_loss(net(x, t, y), eps)
-
 
 def classifier_loss(classifier, path, z, y, share=slice(None)):
     """-E log p_theta(y|x_t), for "noised samples"; 003_da10c6c8947a0fc6.txt."""
     x, t, y, _, _ = draw(path, z, y, 0.0, share)
     return F.cross_entropy(classifier(x, t), y)
-
 
 def guide(cond, uncond, w):
     """Classifier-free guidance: (1 - w) u_t(x|null) + w u_t(x|y).
@@ -63,7 +56,6 @@ def guide(cond, uncond, w):
     Lecture 4, "Classifier-free guidance"; Ho & Salimans 2022, eq. 6, whose w is ours minus 1.
     """
     return uncond + w * (cond - uncond)
-
 
 def guided_field(net, x, t, y, w):
     """The field of Lecture 4, Algorithm 8: one call of net on 2B, or on B alone for w = 0 or 1."""
@@ -74,7 +66,6 @@ def guided_field(net, x, t, y, w):
     cond, uncond = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])).chunk(2)
     return guide(cond, uncond, w)
 
-
 def classifier_guided_field(net, classifier, path, x, t, y, w):
     """u_t(x|null) + w b_t grad log p_t(y|x); Lecture 4, "guidance with classifier".
 
@@ -83,25 +74,21 @@ def classifier_guided_field(net, classifier, path, x, t, y, w):
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
     with torch.enable_grad():
         x_ = x.detach().requires_grad_()
-        log_p = F.log_softmax(classifier(x_, t), dim=1)                     # (B, 10)
-        log_p = log_p.gather(1, y.clamp(max=NULL - 1)[:, None])[y != NULL]
-        grad_log_p, = torch.autograd.grad(log_p.sum(), x_)
+        log_p = -F.cross_entropy(classifier(x_, t), y, ignore_index=NULL, reduction="sum")
+        grad_log_p, = torch.autograd.grad(log_p, x_)                        # of log p_t(y|x)
     return net(x, t, torch.full_like(y, NULL)) + w * path.a_b(t, x)[1] * grad_log_p
-
 
 # The samplers go from noise x at t0 to t = 1 in equal steps; field(x, t) -> u is any field above.
 # t0 > 0 is for a field that is 0/0 at alpha = 0. randn(x) is noise of the shape of x.
 
 def times(steps, t0=0.0):
-    """The pairs (t, t + h) of the steps."""
+    """The pairs (t, s) of the steps, s = t + h."""
     return pairwise([t0 + (1 - t0) * k / steps for k in range(steps)] + [1.0])
-
 
 def euler(field, x, steps, t0=0.0):
     """X_{t+h} = X_t + h u_t(X_t); Lecture 4, Algorithms 7 and 8."""
     for t, s in times(steps, t0): x = x + (s - t) * field(x, t)
     return x
-
 
 def heun(field, x, steps, t0=0.0):
     """Order 2: Euler's step, redone with the mean of u at both ends; 2 steps - 1 calls.
@@ -113,7 +100,6 @@ def heun(field, x, steps, t0=0.0):
         if s < 1: u = (u + field(x + (s - t) * u, s)) / 2
         x = x + (s - t) * u
     return x
-
 
 def euler_maruyama(field, x, steps, path=CondOT(), sigma=None, t0=0.0, randn=torch.randn_like):
     """dX = [u + sigma_t^2/2 score] dt + sigma_t dW; 002_49842480371d0be4.txt, "Sampling Algorithm".
@@ -131,7 +117,6 @@ def euler_maruyama(field, x, steps, path=CondOT(), sigma=None, t0=0.0, randn=tor
         x = x + h * drift + h**0.5 * sigma_t * randn(x)
     return x
 
-
 def ddim(field, x, steps, path=CondOT(), noise=0.0, t0=0.0, randn=torch.randn_like):
     """X_s = alpha_s z + sqrt(beta_s^2 - sigma^2) eps + sigma xi, with z and eps predicted at t.
 
@@ -147,7 +132,6 @@ def ddim(field, x, steps, path=CondOT(), noise=0.0, t0=0.0, randn=torch.randn_li
         if noise: x = x + sigma * randn(x)
     return x
 
-
 def two_gaussians(path=CondOT(), means=(-1.0, 1.0), std=0.5):
     """The exact net(x, t, y) of data in two equal classes N(means[y], std^2); x: (B, 1)."""
     def net(x, t, y):
@@ -159,7 +143,6 @@ def two_gaussians(path=CondOT(), means=(-1.0, 1.0), std=0.5):
         p = torch.where(y[:, None] == NULL, p, F.one_hot(y.clamp(max=1), 2).to(x))
         return (u * p).sum(dim=1, keepdim=True)
     return net
-
 
 def main(n=4000, steps=100):
     """What w does, exactly: guided samples against two laws that they are said to follow."""
@@ -178,7 +161,6 @@ def main(n=4000, steps=100):
         share = ode.mean().clamp(0, 1)      # of p(.|y), of mean 1; p has mean 0, variance 1.25
         print(f"{w:4d}  {ode.mean():6.2f} {ode.std():5.2f}  {sde.mean():6.2f} {sde.std():5.2f}   "
               f"{mean:8.2f} {std:5.2f}   {share:12.2f} {(1.25 - share**2).sqrt():5.2f}")
-
 
 if __name__ == "__main__":
     main()

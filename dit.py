@@ -9,13 +9,11 @@ import torch.nn.functional as F
 
 from unet import time_embedding, time_features
 
-
 def patchify(x, p):
     """(B, C, H, W) -> (B, N, C p p): patches row by row, each flat."""
     B, C, H, W = x.shape
     x = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)        # (B, H/p, W/p, C, p, p)
     return x.reshape(B, -1, C * p * p)
-
 
 def unpatchify(tokens, p, shape):
     """(B, N, C p p) -> shape (B, C, H, W): patchify's steps undone."""
@@ -23,18 +21,15 @@ def unpatchify(tokens, p, shape):
     x = tokens.view(B, H // p, W // p, C, p, p).permute(0, 3, 1, 4, 2, 5)   # (B, C, H/p, p, W/p, p)
     return x.reshape(B, C, H, W)
 
-
 def positions(n, D):
     """Fixed sin-cos positions on an n x n grid, (n n, D): half of D is the row, half the column."""
     angles = torch.arange(n)[:, None] / 100 ** torch.linspace(0, 1, D // 4)             # (n, D/4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)                               # (n, D/2)
     return torch.cat([line.repeat_interleave(n, 0), line.repeat(n, 1)], dim=1)
 
-
 def modulate(x, shift, scale):
     """adaLN: x (B, N, D) normalised, then scaled and shifted by (B, D)."""
     return F.layer_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
-
 
 class Block(nn.Module):
     """x + gate attention(adaLN(x)), then x + gate mlp(adaLN(x)); the gates start at 0."""
@@ -56,7 +51,6 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(e).chunk(6, dim=1)
         x = x + gate1[:, None] * self.attention(modulate(x, shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(x, shift2, scale2))
-
 
 class DiT(nn.Module):
     """net(x, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..9 or NULL = 10 -> as x."""

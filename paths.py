@@ -1,8 +1,8 @@
 """Gaussian probability paths p_t(x|z) = N(x; alpha_t z, beta_t^2 I): noise at t = 0, data at t = 1.
 
-Lecture 4, "Classifier-free guidance" (000_9a64053bb9e2e45b.txt), with alpha_0 = beta_1 = 0 and
-alpha_1 = beta_0 = 1. A point of a path is x = alpha z + beta eps, its velocity u = alpha' z +
-beta' eps: two equations in z and eps, whose solution is every conversion between u, score, eps, z.
+Lecture 4, "Classifier-free guidance" (000_9a64053bb9e2e45b.txt): alpha goes from 0 to 1, beta from
+1 to 0. A point of a path is x = alpha z + beta eps, its velocity u = alpha' z + beta' eps: two
+equations in z and eps, whose solution is every conversion between u, score, eps and z.
 
     z = (beta u - beta' x) / W,    eps = (alpha' x - alpha u) / W,    score = -eps / beta,
     W = alpha' beta - alpha beta'       (1 for CondOT, pi/2 for Cosine, never 0).
@@ -12,7 +12,6 @@ x, z, eps, u, score: (B, ...), all of one shape. t: (B,), or one number for the 
 import math
 
 import torch
-
 
 class GaussianPath:
     """What all paths share. A path itself is four functions of t: alpha, beta, d_alpha, d_beta."""
@@ -61,7 +60,6 @@ class GaussianPath:
         a, b = self.a_b(t, x)
         return a * x + b * score
 
-
 class CondOT(GaussianPath):
     """The straight line x = t z + (1 - t) eps, u = z - eps; Lipman et al. 2023, section 4.1."""
 
@@ -70,7 +68,6 @@ class CondOT(GaussianPath):
     def d_alpha(self, t): return torch.ones_like(t)
     def d_beta(self, t): return -torch.ones_like(t)
 
-
 class Cosine(GaussianPath):
     """alpha = sin(pi t / 2), beta = cos(pi t / 2): variance-preserving, alpha^2 + beta^2 = 1."""
 
@@ -78,7 +75,6 @@ class Cosine(GaussianPath):
     def beta(self, t): return torch.sin(math.pi / 2 * (1 - t))      # 0 at t = 1, where cos rounds
     def d_alpha(self, t): return math.pi / 2 * self.beta(t)
     def d_beta(self, t): return -math.pi / 2 * self.alpha(t)
-
 
 class DDPM(GaussianPath):
     """Ho et al. 2020: alpha = sqrt(abar), beta = sqrt(1 - abar), s = 1 - t = t_DDPM / T.
@@ -91,6 +87,5 @@ class DDPM(GaussianPath):
     def beta(self, t): return torch.sqrt(-torch.expm1(-(0.1 * (1 - t) + 9.95 * (1 - t)**2)))
     def d_alpha(self, t): return self.alpha(t) * (0.1 + 19.9 * (1 - t)) / 2
     def d_beta(self, t): return -self.alpha(t) * self.d_alpha(t) / self.beta(t).clamp(min=1e-3)
-
 
 PATHS = {"condot": CondOT(), "cosine": Cosine(), "ddpm": DDPM()}

@@ -1,5 +1,6 @@
 """From a checkpoint to a picture: `python sample.py --w 3`. Samples, figure, report, options."""
 import argparse
+import io
 import os
 import struct
 import sys
@@ -22,34 +23,29 @@ FONT = dict(zip("0123456789.-+e=wt ", (        # 3 x 5 dots: an octal digit a ro
     0o75557, 0o26227, 0o71747, 0o71717, 0o55711, 0o74717, 0o74757, 0o71122, 0o75757, 0o75717,
     0o00002, 0o00700, 0o02720, 0o07747, 0o07070, 0o05577, 0o27222, 0)))
 
-
-def text(string, size):
-    """string in dots of size x size pixels: (5 size, 4 size len(string)) uint8."""
+def text(string):
+    """string in white dots of 2 x 2 pixels: (10, 8 len(string)) uint8."""
     dots = [[FONT[c] >> 3 * k & bit for c in string for bit in (4, 2, 1, 0)] for k in range(5)]
-    return np.kron(np.array(dots[::-1]) > 0, np.full((size, size), 255)).astype(np.uint8)
+    return np.kron(np.array(dots[::-1]) > 0, np.full((2, 2), 255)).astype(np.uint8)
 
-
-def write_png(file, grey):
+def png(grey):
     """(H, W) uint8 as an 8-bit grey PNG: signature, header, zipped rows, end; W3C, PNG."""
-    file.write(b"\x89PNG\r\n\x1a\n")
-    header = struct.pack(">IIBBBBB", grey.shape[1], grey.shape[0], 8, 0, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", *grey.shape[::-1], 8, 0, 0, 0, 0)
     rows = np.pad(grey, ((0, 0), (1, 0))).tobytes()     # a 0 before each row: not filtered
-    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
-        size, crc = (struct.pack(">I", v) for v in (len(data), zlib.crc32(kind + data)))
-        file.write(size + kind + data + crc)
+    out = b"\x89PNG\r\n\x1a\n"
+    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(rows), b"IEND"):
+        out += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    return out
 
-
-def panel(grid, title, columns=()):
-    """Images (R, C, 32, 32) uint8 in a frame, with a title, and one a column where given."""
+def panel(grid, *titles):
+    """Images (R, C, 32, 32) uint8 under titles, in a frame; an image is as wide as 4 characters."""
     R, C = grid.shape[:2]
-    head, width = 36 if columns else 20, max(32 * C, 8 * len(title) + 8)
+    head, width = 16 * len(titles), max(32 * C, 8 * len(titles[0]))
     picture = np.zeros((head + 32 * R, width), np.uint8)
-    picture[-32 * R:, :32 * C] = grid.transpose(0, 2, 1, 3).reshape(32 * R, 32 * C)
-    titles = [(c, 24, 32 * i + 4, 1) for i, c in enumerate(columns)]
-    for words, y, x, size in ((title, 5, 4, 2), *titles):
-        picture[y:y + 5 * size, x:x + 4 * size * len(words)] = text(words, size)
+    picture[head:, :32 * C] = grid.transpose(0, 2, 1, 3).reshape(32 * R, 32 * C)
+    for k, words in enumerate(titles):
+        picture[16 * k + 3:16 * k + 13, :8 * len(words)] = text(words)
     return np.pad(picture, 4, constant_values=96)
-
 
 def newest(fits, shipped):
     """The newest checkpoint in runs/ whose config fits, else the shipped one, else None."""
@@ -57,16 +53,15 @@ def newest(fits, shipped):
     for file in (*runs, train.HERE / "weights" / shipped):
         try:
             if fits(train.load_checkpoint(file)[1]): return os.path.relpath(file)
-        except BadInput: pass       # a damaged file is in nobody's way
+        except (BadInput, OSError): pass        # a damaged file is in nobody's way
 
-
-def generate(a, net, classifier, config, w, y, decode):
+def generate(a, net, judge, config, w, y, decode):
     """Samples (N, 32, 32) uint8 for the labels y (N,); with --trajectory also x_t, (N, 11, 32, 32).
 
     Sample i is made of random numbers of (seed, i) alone: N and CHUNK do not change it.
     """
     path, images, frames = PATHS[config["path"]], [], []
-    limit = 4.0 if config["latent"] else 1.0            # of |z|: standard deviations, or pixels
+    limit, shape = (4.0, (4, 8, 8)) if config["latent"] else (1.0, (1, 32, 32))    # of z
 
     def net_u(x, t, y):
         if config["predict"] == "u": return net(x, t, y)
@@ -75,34 +70,32 @@ def generate(a, net, classifier, config, w, y, decode):
         alpha, beta, _, _ = path.at(t, x)
         return path.target(z, (x - alpha * z) / beta, t)
 
-    singular = config["predict"] == "eps" or a.guidance == "classifier"     # divide by alpha
+    singular = config["predict"] == "eps" or a.guidance == "classifier"     # they divide by alpha
     t0 = 0.01 if singular and path.alpha(torch.zeros(1)) == 0 else 0.0
     for ids in torch.arange(len(y)).split(CHUNK):
         generators, seen = [np.random.default_rng([a.seed, i]) for i in ids.tolist()], []
 
         def randn(x):
-            noise = np.stack([g.standard_normal(x.shape[1:], np.float32) for g in generators])
-            return torch.from_numpy(noise).to(y.device)
+            noise = [g.standard_normal(x.shape[1:], np.float32) for g in generators]
+            return torch.from_numpy(np.stack(noise)).to(y.device)
 
-        def to_images(x):           # (B, 32, 32)
-            return ((decode(x) + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)[:, 0]
+        def to_images(x): return ((decode(x) + 1) * 127.5).round().clamp(0, 255).byte()[:, 0]
 
         def field(x, t):
             while a.trajectory and len(seen) < 10 and t > len(seen) / 10 - 1e-6:
                 seen.append(to_images(x))
             scale = w if a.interval[0] <= t <= a.interval[1] else 1.0
             if a.guidance == "cfg": return guided_field(net_u, x, t, y[ids], scale)
-            return classifier_guided_field(net_u, classifier, path, x, t, y[ids], scale)
+            return classifier_guided_field(net_u, judge, path, x, t, y[ids], scale)
 
         options = {"em": dict(path=path, sigma=a.sigma, randn=randn),
                    "ddim": dict(path=path, noise=a.noise or 0.0, randn=randn)}.get(a.sampler, {})
-        x = randn(torch.empty(len(ids), *((4, 8, 8) if config["latent"] else (1, 32, 32))))
+        x = randn(torch.empty(len(ids), *shape))
         x = SAMPLERS[a.sampler](field, x, a.steps, t0=t0, **options)
         if not x.isfinite().all(): raise BadInput("the samples are not finite: try a smaller --w")
         images.append(to_images(x))
         if a.trajectory: frames.append(torch.stack((seen + images[-1:] * 11)[:11], dim=1))
     return torch.cat(images), torch.cat(frames) if frames else None
-
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)   # errors in one line
@@ -124,16 +117,15 @@ def parse(argv=None):
     p.add_argument("--trajectory", action="store_true", help="show x_t from noise to digit")
     p.add_argument("--device", help="cuda where there is one, else cpu")
     a = p.parse_args(argv)
-    png = a.out.endswith(".png")
     for wrong, what in (
             (a.noise is not None and a.sampler != "ddim", "--noise goes with --sampler ddim"),
             (a.sigma is not None and a.sampler != "em", "--sigma goes with --sampler em"),
             (a.interval[0] > a.interval[1], "--interval LO HI needs LO <= HI"),
-            (not png and not a.out.endswith(".npz"), "--out must end in .png or .npz"),
-            (not png and (len(a.w) > 1 or a.trajectory), ".npz takes one --w, no --trajectory")):
+            (a.out[-4:] not in (".png", ".npz"), "--out must end in .png or .npz"),
+            (a.out.endswith(".npz") and (len(a.w) > 1 or a.trajectory),
+             ".npz takes one --w, and no --trajectory")):
         if wrong: p.error(what)
     return a
-
 
 @torch.no_grad()
 def main(argv=None):
@@ -147,13 +139,13 @@ def main(argv=None):
     if latent and by_classifier: raise BadInput(f"{file}: a latent model takes --guidance cfg only")
     fits = lambda c: (c["arch"] == "classifier" and c["data"] == config["data"]
                       and (c["path"] == config["path"] or not by_classifier))
-    judge_file, judge = newest(fits, "classifier.pt"), None
+    judge_file, judge, decode = newest(fits, "classifier.pt"), None, lambda x: x
     if judge_file: judge, _ = train.load_checkpoint(judge_file, device)
     elif by_classifier:
         raise BadInput(f"no classifier for the data and path of {file}: train.py --arch classifier")
-    decode = lambda x: x
     if latent:
-        vae, _ = train.load_vae(latent["file"], device, latent["vae"])
+        vae, of_vae = train.load_checkpoint(latent["file"], device)
+        if of_vae != latent["vae"]: raise BadInput(f"{latent['file']}: {file} has another VAE")
         decode = lambda x: vae.decode(x / latent["scale"])
 
     def called(*inputs):            # the net, its calls counted
@@ -161,33 +153,28 @@ def main(argv=None):
         calls += 1
         with train.autocast(device): return net(*inputs).float()
 
-    n = a.n or (10 if a.trajectory else 100)
-    y = torch.arange(n, device=device) % 10
-    if a.label is not None: y[:] = a.label
-    figure = a.n is None and a.label is None and a.out.endswith(".png")     # its last row is null
-    y_all = F.pad(y, (0, figure * n // 10), value=NULL)
+    figure = a.n is None and a.label is None and a.out.endswith(".png")     # shows NULL as well
+    rows = NULL + figure            # a row a label: sample i stands in row i % rows
+    n = a.n or rows * (1 if a.trajectory else 10)
+    y = torch.arange(n, device=device) % rows if a.label is None else torch.full((n,), a.label)
+    y, rows = y.to(device), min(rows, n)
     for w in a.w:
-        images, frames = generate(a, called, judge, config, w, y_all, decode)
+        images, grid = generate(a, called, judge, config, w, y, decode)
         if judge:
-            spread = train.diversity(images[:n], y) / config["real_diversity"]
-            share = train.accuracy(judge, images[:n, None], y)
+            known = y != NULL
+            share = train.accuracy(judge, images[known, None], y[known])
+            spread = train.diversity(images[known], y[known]) / config["real_diversity"]
             print(f"w = {w:g}: {100 * share:.1f} % read as their label by {judge_file}"
                   + f", diversity {spread:.2f} of that of real digits" * (spread > 0))    # not nan
-        rows = min(n, 10)           # sample i stands in row i % 10: a row a digit
-        grid = F.pad(images[:n], (0, 0, 0, 0, 0, -n % rows))
-        grid = grid.view(-1, rows, 32, 32).transpose(0, 1)
-        if figure: grid = torch.cat([grid, images[n:, None].view(1, -1, 32, 32)])
-        columns = [f"t={k / 10:g}" for k in range(11)] if a.trajectory else ()
-        if a.trajectory: grid = frames
-        panels.append(panel(grid.cpu().numpy(), f"w = {w:g}", columns))
-
-    def write(f):
-        if a.out.endswith(".png"): write_png(f, np.concatenate(panels, axis=1))
-        else: np.savez_compressed(f, images=images.cpu().numpy(), labels=y.cpu().numpy())
-    train.write_whole(a.out, write)
-    print(f"wrote {a.out}: {len(a.w) * len(y_all)} samples of {file}, {a.steps} steps of "
-          f"{a.sampler}, {calls} network calls, {time.time() - began:.1f} s")
-
+        if grid is None:
+            grid = F.pad(images, (0, 0, 0, 0, 0, -n % rows)).view(-1, rows, 32, 32).transpose(0, 1)
+        times = ["".join(f"{k / 10:<4g}" for k in range(11))] if a.trajectory else []
+        panels.append(panel(grid.cpu().numpy(), f"w = {w:g}", *times))
+    np.savez_compressed(npz := io.BytesIO(), images=images.cpu().numpy(), labels=y.cpu().numpy())
+    png_wanted = a.out.endswith(".png")
+    train.write_whole(a.out, png(np.hstack(panels)) if png_wanted else npz.getvalue())
+    print(f"wrote {a.out}: {len(a.w) * n} samples of {file}, {a.steps} steps of {a.sampler}, "
+          f"{calls} network calls, {time.time() - began:.1f} s")
 
 if __name__ == "__main__":
     sys.exit(train.command(main))

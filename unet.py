@@ -11,16 +11,13 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-
 def time_features(t, dim=128):
     """Cosines and sines of t in [0, 1] at frequencies from 1 to 1000: (B,) -> (B, dim)."""
     frequencies = torch.exp(torch.linspace(0, math.log(1000), dim // 2, device=t.device))
     angles = t[:, None].float() * frequencies   # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
-
 def time_embedding(E): return nn.Sequential(nn.Linear(128, E), nn.SiLU(), nn.Linear(E, E))
-
 
 class ResidualLayer(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), the second norm scaled and shifted by e."""
@@ -37,9 +34,7 @@ class ResidualLayer(nn.Module):
         h = self.conv1(F.silu(self.norm1(x)))
         return x + self.conv2(F.silu(self.norm2(h) * (1 + scale) + shift))
 
-
 def stage(c, E, layers): return nn.ModuleList(ResidualLayer(c, E) for _ in range(layers))
-
 
 class Encoder(nn.Module):
     """First convolution, encoders, midcoder: x (B, C, H, W), e (B, E) -> the ends of all stages."""
@@ -58,7 +53,6 @@ class Encoder(nn.Module):
             for layer in layers: h = layer(h, e)
             ends.append(h)
         return ends
-
 
 class UNet(nn.Module):
     """net(x, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..9 or NULL = 10 -> as x.
@@ -85,7 +79,6 @@ class UNet(nn.Module):
             for layer in layers: h = layer(h, e)
         h = self.last(F.silu(self.norm(h)))     # (B, C stride stride, H/stride, W/stride)
         return F.pixel_shuffle(h, self.stride)  # (B, C, H, W)
-
 
 class NoisyClassifier(nn.Module):
     """p(y|x_t, t) as logits (B, 10): the U-Net's encoder half, mean over places, linear layer."""

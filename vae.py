@@ -5,11 +5,9 @@
 import torch
 import torch.nn as nn
 
-
 def block(c_in, c_out):
     """A convolution that keeps the size: (B, c_in, H, W) -> (B, c_out, H, W)."""
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1), nn.GroupNorm(8, c_out), nn.SiLU())
-
 
 class VAE(nn.Module):
     """encode: x (B, 1, 32, 32) in [-1, 1] -> mean of the latent (B, 4, 8, 8); decode: back."""
@@ -34,11 +32,9 @@ class VAE(nn.Module):
         mean, log_var = self.encoder(x).float().chunk(2, dim=1)
         return self.decode(mean + (log_var / 2).exp() * eps), mean, log_var
 
-
 def kl_to_normal(mean, log_var):
     """KL( N(mean, var) || N(0, I) ), (B, ...) -> (B,); Kingma & Welling 2014, appendix B."""
     return (mean**2 + log_var.exp() - 1 - log_var).flatten(1).sum(1) / 2
-
 
 def vae_loss(net, x, share=slice(None), std=0.1):
     """-ELBO = E_q[-log p(x|latent)] + KL(q(latent|x) || p(latent)); 003_da10c6c8947a0fc6.txt.
