@@ -132,6 +132,8 @@ def ddim(field, x, steps, path=CondOT(), noise=0.0, t0=0.0, randn=torch.randn_li
         if noise: x = x + sigma * randn(x)
     return x
 
+SAMPLERS = {"euler": euler, "heun": heun, "em": euler_maruyama, "ddim": ddim}
+
 def two_gaussians(path=CondOT(), means=(-1.0, 1.0), std=0.5):
     """The exact net(x, t, y) of data in two equal classes N(means[y], std^2); x: (B, 1)."""
     def net(x, t, y):

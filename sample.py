@@ -1,5 +1,6 @@
 """From a checkpoint to a picture: `python sample.py --w 3`. Samples, figure, report, options."""
 import argparse
+import inspect
 import io
 import os
 import struct
@@ -13,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 import train
-from cfg_min import NULL, classifier_guided_field, ddim, euler, euler_maruyama, guided_field, heun
+from cfg_min import NULL, SAMPLERS, classifier_guided_field, guided_field
+from cfg_min import ddim, euler, euler_maruyama, heun       # noqa: F401, as sample.euler, ...
 from paths import PATHS
 from train import BadInput, number
 
-SAMPLERS = {"euler": euler, "heun": heun, "em": euler_maruyama, "ddim": ddim}
 CHUNK = 100     # samples computed at once
 FONT = dict(zip("0123456789.-+e=wt ", (        # 3 x 5 dots: an octal digit a row
     0o75557, 0o26227, 0o71747, 0o71717, 0o55711, 0o74717, 0o74757, 0o71122, 0o75757, 0o75717,
@@ -88,10 +89,9 @@ def generate(a, net, judge, config, w, y, decode):
             if a.guidance == "cfg": return guided_field(net_u, x, t, y[ids], scale)
             return classifier_guided_field(net_u, judge, path, x, t, y[ids], scale)
 
-        options = {"em": dict(path=path, sigma=a.sigma, randn=randn),
-                   "ddim": dict(path=path, noise=a.noise or 0.0, randn=randn)}.get(a.sampler, {})
-        x = randn(torch.empty(len(ids), *shape))
-        x = SAMPLERS[a.sampler](field, x, a.steps, t0=t0, **options)
+        known = dict(t0=t0, path=path, randn=randn, sigma=a.sigma, noise=a.noise)
+        options = {k: known[k] for k in a.takes if known.get(k) is not None}
+        x = SAMPLERS[a.sampler](field, randn(torch.empty(len(ids), *shape)), a.steps, **options)
         if not x.isfinite().all(): raise BadInput("the samples are not finite: try a smaller --w")
         images.append(to_images(x))
         if a.trajectory: frames.append(torch.stack((seen + images[-1:] * 11)[:11], dim=1))
@@ -117,9 +117,10 @@ def parse(argv=None):
     p.add_argument("--trajectory", action="store_true", help="show x_t from noise to digit")
     p.add_argument("--device", help="cuda where there is one, else cpu")
     a = p.parse_args(argv)
+    a.takes = inspect.signature(SAMPLERS[a.sampler]).parameters
     for wrong, what in (
-            (a.noise is not None and a.sampler != "ddim", "--noise goes with --sampler ddim"),
-            (a.sigma is not None and a.sampler != "em", "--sigma goes with --sampler em"),
+            (a.noise is not None and "noise" not in a.takes, f"{a.sampler} takes no --noise"),
+            (a.sigma is not None and "sigma" not in a.takes, f"{a.sampler} takes no --sigma"),
             (a.interval[0] > a.interval[1], "--interval LO HI needs LO <= HI"),
             (a.out[-4:] not in (".png", ".npz"), "--out must end in .png or .npz"),
             (a.out.endswith(".npz") and (len(a.w) > 1 or a.trajectory),
