@@ -1,7 +1,7 @@
 """The diffusion transformer (DiT): patches are tokens; t and y modulate every block (adaLN-Zero).
 
 Lecture 4, "Diffusion Transformer" (004_4aa8a09610484fd5.txt, section 2.2); Peebles & Xie 2023.
-B: batch, p: patch size, N = (H/p)(W/p) tokens, D: width.
+B: batch, p: patch size, N = (H/p)(W/p) tokens, D: width, e (B, D): t and y embedded.
 """
 import torch
 import torch.nn as nn

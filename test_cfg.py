@@ -567,6 +567,8 @@ def test_ctrl_c_and_a_loss_that_is_not_finite_keep_the_last_good_step(run, monke
     assert run(f"{UNET} --save-every 2 --out c.pt") == 2 and "not finite" in capsys.readouterr().err
     assert torch.load("c.pt", weights_only=True)["step"] == 2
     assert all(v.isfinite().all() for v in weights("c.pt").values())
+    monkeypatch.setattr(train, "loss_of", loss_of), monkeypatch.setattr(sys, "stdout", None)
+    assert run(f"{UNET} --out d.pt") == 0                           # python train.py >&-
 
 @pytest.mark.parametrize("path, predict", [("condot", "u"), ("condot", "eps"), ("cosine", "eps"),
                                            ("ddpm", "u"), ("ddpm", "eps")])
@@ -655,6 +657,8 @@ def test_bad_input_is_one_line_and_status_2_and_loses_nothing(run, few, capsys):
     Path("empty.pt").touch(), Path("file").touch()
     torch.save({"config": {"arch": "dit", "net": {}}, "weights": weights("good.pt")}, "foreign.pt")
     torch.save(UNet(), "pickled.pt")
+    whole = torch.load("good.pt", weights_only=True)
+    torch.save({**whole, "config": {"arch": "unet", "net": {}}}, "bare.pt")
     with np.load(few) as npz: ok = dict(npz)
     x, y = ok["x_train"], ok["y_train"]
     for name, bad in {"float": dict(x_train=x / 2), "shape": dict(x_test=x[:, :20]),
@@ -675,7 +679,7 @@ def test_bad_input_is_one_line_and_status_2_and_loses_nothing(run, few, capsys):
                "1 --sampler em --sigma -1", "1 --interval 0.8 0.2", "1 --interval -1 2",
                "1 --seed -1", "1 --out a.jpg", "1 3 --out a.npz", "1 --out file/a.png", 
                "1 --device cuda:9", "1 --trajectory --out a.npz",
-               *(f"1 --ckpt {n}.pt" for n in ("no", "cut", "empty", "foreign", "pickled", "vae")))
+               *(f"1 --ckpt {n}.pt" for n in "no cut empty foreign pickled bare vae".split()))
     for line in ["train.py", "train.py --arch mlp", "train.py --arch vae --latent vae.pt",
                  "sample.py", *(f"{UNET} {bad}" for bad in trains),
                  *(f"sample.py --ckpt good.pt --steps 2 --n 2 --w {bad}" for bad in samples)]:

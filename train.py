@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 NETS = {"unet": UNet, "dit": DiT, "vae": VAE, "classifier": NoisyClassifier}
 LATENT = {"unet": dict(in_channels=4, channels=(64, 128), stride=1),
           "dit": dict(in_channels=4, size=8, patch=1)}      # options of the nets for 4x8x8 latents
-RECIPES = {"unet": (1600, 128, 4e-3), "dit": (3000, 64, 8e-3),
+RECIPES = {"unet": (1400, 128, 4e-3), "dit": (3000, 64, 8e-3),
            "vae": (2000, 128, 4e-3), "classifier": (1800, 128, 4e-3)}   # --steps, --batch, --lr
 
 class BadInput(ValueError):
@@ -90,12 +90,14 @@ def load_checkpoint(path, device="cpu"):
     path = path if Path(path).exists() else HERE / path     # weights/ is there from everywhere
     try:
         ckpt = torch.load(path, map_location=device, weights_only=True)
-        net = NETS[ckpt["config"]["arch"]](**ckpt["config"]["net"]).to(device)
+        config = dict(ckpt["config"], step=ckpt["step"])
+        if not {"path", "predict", "latent", "data", "real_diversity"} <= {*config}: raise KeyError
+        net = NETS[config["arch"]](**config["net"]).to(device)
         net.load_state_dict(ckpt["weights"])
     except OSError as e: raise BadInput(f"{path}: {e.strerror}; train.py makes one") from None
     except Exception:           # torch.load raises whatever it stumbles over
         raise BadInput(f"{path}: not a checkpoint of train.py, or a damaged one") from None
-    return net.eval().requires_grad_(False), dict(ckpt["config"], step=ckpt["step"])
+    return net.eval().requires_grad_(False), config
 
 def pick_device(name):
     """The torch.device; None is CUDA where there is one, else the CPU. Raises BadInput."""
@@ -173,7 +175,7 @@ def train(a):
 
     say(f"{a.arch} on {device}: {sum(p.numel() for p in net.parameters()):,} parameters, "
         f"{len(x_all):,} images, steps {start} to {a.steps} of {a.batch}, to {a.out}", flush=True)
-    stop, tty, total, shown, since = [], sys.stdout.isatty(), 0.0, start, time.time()
+    stop, tty, total, shown, since = [], os.isatty(1), 0.0, start, time.time()
     # the first Ctrl-C stops after the step, a second one at once
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130) if stop else stop.append(True))
     for step in range(start, a.steps):

@@ -3,7 +3,7 @@
 Lecture 4, "Lab Three U-Net" (000_9a64053bb9e2e45b.txt): first convolution, encoders (residual
 layers, downsample), midcoder, decoders (upsample, skip connection, residual layers), last
 convolution; t and y are embedded and injected into every residual layer.
-B: batch, C: channels of x, H x W: its size, c: a stage's channels, E: width of the embedding.
+B: batch, C: channels of x, H x W: its size, c: a stage's channels, e (B, E): t and y embedded.
 """
 import math
 

@@ -161,9 +161,9 @@ class Judge:
 
 
 def calls(n):
-    """Quality against network calls, with the shipped U-Net at w = 2."""
+    """Quality against network calls, with the shipped U-Net at w = 1.25."""
     judge = Judge(n)
-    print(f"\n{n} samples of weights/unet.pt at w = 2: "
+    print(f"\n{n} samples of weights/unet.pt at w = 1.25: "
           "% read as their label / Frechet distance over its floor / seconds")
     budgets = (5, 10, 20, 50, 100)
     print("calls     " + "".join(f"{b:>20d}" for b in budgets))
@@ -172,7 +172,7 @@ def calls(n):
         for b in budgets:
             steps = (b + 1) // 2 if sampler == "heun" else b
             options = "--sampler", sampler, "--steps", steps
-            accuracy, distance, _, seconds = judge(ROOT / "weights/unet.pt", 2, *options)
+            accuracy, distance, _, seconds = judge(ROOT / "weights/unet.pt", 1.25, *options)
             cells.append(f"{accuracy:.1f} / {distance:.2f} / {seconds:.0f}")
         print(f"{sampler:10s}" + "".join(f"{c:>20s}" for c in cells), flush=True)
 
@@ -199,19 +199,18 @@ def time_to_quality(n, budgets, seeds, arch="unet"):
                 loss = float(re.findall(r"loss ([\d.]+)", said)[-1])
                 heun = "--sampler", "heun", "--steps", 10
                 cells = [v for w in (1, 1.25, 3) for v in judge(out, w, *heun)[:3]]
-                rows.append([seconds, loss, *cells])
-                print(f"  seed {seed}: {steps} steps " + " ".join(f"{v:.4g}" for v in rows[-1]),
-                      flush=True)
+                rows.append([seconds, loss, *cells, steps])
+                print(f"  seed {seed}: " + " ".join(f"{v:.4g}" for v in rows[-1]), flush=True)
                 steps = max(100, int(budget * rate / batch))
             m = [statistics.median(column) for column in zip(*rows)]
             curve.append(m)
-            print(f"{m[0]:19.0f} {steps:7d} {m[1]:7.4f}" + "".join(
+            print(f"{m[0]:19.0f} {m[-1]:7.0f} {m[1]:7.4f}" + "".join(
                 f" {m[i]:6.1f} {m[i + 1]:5.2f} {m[i + 2]:5.2f}" for i in (2, 5, 8)), flush=True)
     return curve
 
 
 def plot(curve, file, size=(240, 480)):
-    """Accuracy at w = 1 and 3, and loss, against the logarithm of seconds of training, as a PNG."""
+    """A PNG of accuracy at w = 1, at w = 3 and of the loss, over log seconds of training."""
     H, W = size
     seconds = np.log([m[0] for m in curve])
     x = 40 + (seconds - seconds[0]) / max(seconds[-1] - seconds[0], 1e-9) * (W - 80)
@@ -226,7 +225,7 @@ def plot(curve, file, size=(240, 480)):
         rows = np.interp(columns, x, y).astype(int)
         picture[rows, columns] = picture[rows + 1, columns] = 255
         marks = [(f"{m[0]:.0f}", H - 15, int(c) - 10) for m, c in zip(curve, x)]
-        for words, top, left in ((title, 5, 8), (f"{low:g}", H - 15, 8), *marks):
+        for words, top, left in ((title, 5, 8), (f"{low:g}", H - 34, 4), *marks):
             dots = sample.text(words)
             picture[top:top + dots.shape[0], left:left + dots.shape[1]] |= dots[:, :W - left]
         panels.append(picture)
