@@ -24,7 +24,7 @@ HERE = Path(__file__).parent
 NETS = {"unet": UNet, "dit": DiT, "vae": VAE, "classifier": NoisyClassifier}
 LATENT = {"unet": dict(in_channels=4, channels=(64, 128), stride=1),
           "dit": dict(in_channels=4, size=8, patch=1)}      # options of the nets for 4x8x8 latents
-RECIPES = {"unet": (1400, 128, 4e-3), "dit": (3000, 64, 8e-3),
+RECIPES = {"unet": (1200, 128, 4e-3), "dit": (3000, 64, 8e-3),
            "vae": (2000, 128, 4e-3), "classifier": (1800, 128, 4e-3)}   # --steps, --batch, --lr
 
 class BadInput(ValueError):
