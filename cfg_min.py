@@ -19,14 +19,12 @@ def drop_labels(y, eta):
     return torch.where(torch.rand(len(y), device=y.device) < eta, NULL, y)
 
 def logit_normal(n, device=None):
-    """t with logit(t) ~ N(0, 1), seldom near 0 or 1, where little is decided; Esser et al. 2024."""
-    return torch.randn(n, device=device).sigmoid()
+    """t with logit(t) ~ N(-1, 1): often early, where the label is decided; Esser et al. 2024, 3.1."""
+    return (torch.randn(n, device=device) - 1).sigmoid()
 
 def draw(path, z, y, eta, share=slice(None), draw_t=torch.rand):
     """What the losses average over: y <- NULL with probability eta, t ~ U[0, 1), x ~ p_t(x|z).
-
-    Processes that divide a batch all draw for the whole of it, and keep their shares.
-    """
+    Processes that divide a batch all draw for the whole of it, and keep their shares."""
     y, t, eps = drop_labels(y, eta), draw_t(len(z), device=z.device), torch.randn_like(z)
     z, y, t, eps = z[share], y[share], t[share], eps[share]
     return path.sample(z, eps, t), t, y, z, eps
@@ -38,9 +36,7 @@ def cfg_cfm_loss(net, path, z, y, eta=0.1, **options):
 
 def cfg_dsm_loss(net, path, z, y, eta=0.1, **options):
     """E || eps_theta(x|y) - eps ||^2: DDPM's L_simple (003_da10c6c8947a0fc6.txt), labels dropped.
-
-    As score = -eps/beta_t, it is L_DSM^CFG (002_49842480371d0be4.txt) times beta_t^2.
-    """
+    As score = -eps/beta_t, it is L_DSM^CFG (002_49842480371d0be4.txt) times beta_t^2."""
     x, t, y, _, eps = draw(path, z, y, eta, **options)
     return F.mse_loss(net(x, t, y), eps)
 
@@ -51,10 +47,8 @@ def classifier_loss(classifier, path, z, y, share=slice(None)):
 
 def guide(cond, uncond, w):
     """Classifier-free guidance: (1 - w) u_t(x|null) + w u_t(x|y).
-
     Two predictions of one kind (u, score, eps or z), of one shape; w = 1 is cond, w = 0 uncond.
-    Lecture 4, "Classifier-free guidance"; Ho & Salimans 2022, eq. 6, whose w is ours minus 1.
-    """
+    Lecture 4, "Classifier-free guidance"; Ho & Salimans 2022, eq. 6, whose w is ours minus 1."""
     return uncond + w * (cond - uncond)
 
 def guided_field(net, x, t, y, w):
@@ -68,9 +62,7 @@ def guided_field(net, x, t, y, w):
 
 def classifier_guided_field(net, classifier, path, x, t, y, w):
     """u_t(x|null) + w b_t grad log p_t(y|x); Lecture 4, "guidance with classifier".
-
-    classifier(x, t) -> logits (B, 10). For t where alpha_t > 0. Where y is NULL, nothing is added.
-    """
+    classifier(x, t) -> logits (B, 10). For alpha_t > 0. Where y is NULL, nothing is added."""
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
     with torch.enable_grad():
         x_ = x.detach().requires_grad_()
@@ -92,9 +84,7 @@ def euler(field, x, steps, t0=0.0):
 
 def heun(field, x, steps, t0=0.0):
     """Order 2: Euler's step, redone with the mean of u at both ends; 2 steps - 1 calls.
-
-    The last step stays Euler's, as u may be infinite at t = 1; Karras et al. 2022, Algorithm 1.
-    """
+    The last step stays Euler's, as u may be infinite at t = 1; Karras et al. 2022, Algorithm 1."""
     for t, s in times(steps, t0):
         u = field(x, t)
         if s < 1: u = (u + field(x + (s - t) * u, s)) / 2
@@ -103,11 +93,9 @@ def heun(field, x, steps, t0=0.0):
 
 def euler_maruyama(field, x, steps, path=CondOT(), sigma=None, t0=0.0, randn=torch.randn_like):
     """dX = [u + sigma_t^2/2 score] dt + sigma_t dW; 002_49842480371d0be4.txt, "Sampling Algorithm".
-
     With sigma_t^2 = 2 beta_t k_t the score term is -k_t eps. sigma None is k_t = 1: no singularity
     (CondOT: sigma_t = sqrt(2 (1 - t)), drift (1 + t) u - x); a number is sigma_t itself. sigma_t is
-    at most sqrt(2/h) beta_{t+h}: a step must not put in more noise than the path has left.
-    """
+    at most sqrt(2/h) beta_{t+h}: a step must not put in more noise than the path has left."""
     for t, s in times(steps, t0):
         h, beta, beta_s = s - t, path.at(t, x)[1], path.at(s, x)[1]
         sigma_t = (2 * beta).sqrt() if sigma is None else torch.full_like(beta, sigma)
@@ -119,50 +107,44 @@ def euler_maruyama(field, x, steps, path=CondOT(), sigma=None, t0=0.0, randn=tor
 
 def ddim(field, x, steps, path=CondOT(), noise=0.0, t0=0.0, randn=torch.randn_like):
     """X_s = alpha_s z + sqrt(beta_s^2 - sigma^2) eps + sigma xi, with z and eps predicted at t.
-
     noise = 0 is DDIM, on CondOT exactly Euler. noise = 1 is DDPM's sampler: sigma^2 is beta~, the
-    variance of q(x_s|x_t, z). Song et al. 2021 (DDIM), eq. 12, 16; 003_da10c6c8947a0fc6.txt.
-    """
+    variance of q(x_s|x_t, z). Song et al. 2021 (DDIM), eq. 12, 16; 003_da10c6c8947a0fc6.txt."""
     for t, s in times(steps, t0):
         (alpha, beta, _, _), (alpha_s, beta_s, _, _) = path.at(t, x), path.at(s, x)
         z, eps = path.solve(field(x, t), x, t)
         var = (beta_s / beta)**2 * (beta**2 - (alpha / alpha_s * beta_s)**2)            # beta~
         sigma = noise * var.clamp(min=0).sqrt()
-        x = alpha_s * z + (beta_s**2 - sigma**2).sqrt() * eps
-        if noise: x = x + sigma * randn(x)
+        xi = randn(x) if noise else 0
+        x = alpha_s * z + (beta_s**2 - sigma**2).sqrt() * eps + sigma * xi
     return x
 
 SAMPLERS = {"euler": euler, "heun": heun, "em": euler_maruyama, "ddim": ddim}
 
-def two_gaussians(path=CondOT(), means=(-1.0, 1.0), std=0.5):
-    """The exact net(x, t, y) of data in two equal classes N(means[y], std^2); x: (B, 1)."""
-    def net(x, t, y):
-        alpha, beta, d_alpha, d_beta = path.at(t, x)
-        m, var = torch.tensor(means).to(x), (alpha * std)**2 + beta**2
-        off = x - alpha * m                                     # (B, 2): p_t(x|y) = N(alpha m, var)
-        u = d_alpha * m + (alpha * d_alpha * std**2 + beta * d_beta) / var * off        # u_t(x|y)
-        p = F.softmax(-off**2 / (2 * var), dim=1)               # p_t(y|x)
-        p = torch.where(y[:, None] == NULL, p, F.one_hot(y.clamp(max=1), 2).to(x))
-        return (u * p).sum(dim=1, keepdim=True)
-    return net
+def two_gaussians(x, t, y):
+    """The exact net on CondOT of two equally likely classes N(-1, 0.5^2), N(1, 0.5^2); x: (B, 1)."""
+    alpha, beta, d_alpha, d_beta = CondOT().at(t, x)
+    m, var = torch.tensor([-1.0, 1.0]).to(x), (alpha / 2)**2 + beta**2
+    off = x - alpha * m                                     # (B, 2): p_t(x|y) = N(alpha m, var)
+    u = d_alpha * m + (alpha * d_alpha / 4 + beta * d_beta) / var * off     # u_t(x|y)
+    p = F.softmax(-off**2 / (2 * var), dim=1)               # p_t(y|x)
+    p = torch.where(y[:, None] == NULL, p, F.one_hot(y.clamp(max=1), 2))
+    return (u * p).sum(dim=1, keepdim=True)
 
 def main(n=4000, steps=100):
     """What w does, exactly: guided samples against two laws that they are said to follow."""
     torch.manual_seed(0)
-    net, y = two_gaussians(), torch.ones(n, dtype=torch.int64)
-    grid = torch.linspace(-4, 8, 4001, dtype=torch.float64)
-    p0, p1 = (torch.exp(-2 * (grid - y)**2) for y in (-1, 1))               # p(.|y)
+    y, grid = torch.ones(n, dtype=torch.int64), torch.linspace(-4, 8, 4001)[:, None]
+    log_p = -2 * (grid - torch.tensor([-1.0, 1.0]))**2      # of N(-1, 0.5^2) and N(1, 0.5^2)
     print("two Gaussians at -1 and +1, std 0.5; y = +1; mean and standard deviation of\n"
           "   w    guided ODE     guided SDE   p(.|y)^w p^(1-w)   best mixture of p(.|y) and p")
     for w in (0, 1, 2, 3, 5, 8):
-        field = lambda x, t: guided_field(net, x, t, y, w)
+        field = lambda x, t: guided_field(two_gaussians, x, t, y, w)
         ode, sde = (f(field, torch.randn(n, 1), steps) for f in (euler, euler_maruyama))
-        tilted = p1**w * ((p0 + p1) / 2)**(1 - w)
-        mean = (tilted * grid).sum() / tilted.sum()
-        std = ((tilted * (grid - mean)**2).sum() / tilted.sum()).sqrt()
+        tilted = (w * log_p[:, 1:] + (1 - w) * log_p.logsumexp(1, keepdim=True)).softmax(0)
+        mean = (tilted * grid).sum()
+        std = (tilted * (grid - mean)**2).sum().sqrt()
         share = ode.mean().clamp(0, 1)      # of p(.|y), of mean 1; p has mean 0, variance 1.25
         print(f"{w:4d}  {ode.mean():6.2f} {ode.std():5.2f}  {sde.mean():6.2f} {sde.std():5.2f}   "
               f"{mean:8.2f} {std:5.2f}   {share:12.2f} {(1.25 - share**2).sqrt():5.2f}")
 
-if __name__ == "__main__":
-    main()
+if __name__ == "__main__": main()

@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from unet import time_embedding, time_features
+from unet import time_embedding, time_features, zero
 
 def patchify(x, p):
     """(B, C, H, W) -> (B, N, C p p): patches row by row, each flat."""
@@ -38,8 +38,7 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.qkv, self.out = heads, nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D))
-        self.modulation = nn.Linear(D, 6 * D)
-        nn.init.zeros_(self.modulation.weight), nn.init.zeros_(self.modulation.bias)
+        self.modulation = zero(nn.Linear(D, 6 * D))
 
     def attention(self, x):
         qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
@@ -58,13 +57,11 @@ class DiT(nn.Module):
     def __init__(self, size=32, in_channels=1, patch=4, width=128, depth=5, heads=2):
         super().__init__()
         self.patch, p = patch, in_channels * patch**2
-        self.embed, self.last = nn.Linear(p, width), nn.Linear(width, p)
+        self.embed, self.last = nn.Linear(p, width), zero(nn.Linear(width, p))
         self.register_buffer("positions", positions(size // patch, width), persistent=False)
         self.time, self.label = time_embedding(width), nn.Embedding(10 + 1, width)
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.modulation = nn.Linear(width, 2 * width)
-        for layer in (self.modulation, self.last):
-            nn.init.zeros_(layer.weight), nn.init.zeros_(layer.bias)
+        self.modulation = zero(nn.Linear(width, 2 * width))
 
     def forward(self, x, t, y):
         e = F.silu(self.time(time_features(t)) + self.label(y))             # (B, D)

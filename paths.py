@@ -78,10 +78,8 @@ class Cosine(GaussianPath):
 
 class DDPM(GaussianPath):
     """Ho et al. 2020: alpha = sqrt(abar), beta = sqrt(1 - abar), s = 1 - t = t_DDPM / T.
-
     Their noise rates 1e-4 ... 0.02 at T = 1000 are r(s) = 0.1 + 19.9 s, and abar = exp(-int_0^s r)
-    (Song et al. 2021, eq. 33). alpha_0 = 0.0066. beta', infinite at t = 1, is held there.
-    """
+    (Song et al. 2021, eq. 33). alpha_0 = 0.0066. beta', infinite at t = 1, is held there."""
 
     def alpha(self, t): return torch.exp(-(0.1 * (1 - t) + 9.95 * (1 - t)**2) / 2)
     def beta(self, t): return torch.sqrt(-torch.expm1(-(0.1 * (1 - t) + 9.95 * (1 - t)**2)))

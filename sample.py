@@ -1,12 +1,5 @@
 """From a checkpoint to a picture: `python sample.py --w 3`. Samples, figure, report, options."""
-import argparse
-import inspect
-import io
-import os
-import struct
-import sys
-import time
-import zlib
+import argparse, inspect, io, os, struct, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -58,9 +51,7 @@ def newest(fits, shipped):
 
 def generate(a, net, judge, config, w, y, decode):
     """Samples (N, 32, 32) uint8 for the labels y (N,); with --trajectory also x_t, (N, 11, 32, 32).
-
-    Sample i is made of random numbers of (seed, i) alone: N and CHUNK do not change it.
-    """
+    Sample i is made of random numbers of (seed, i) alone: N and CHUNK do not change it."""
     path, images, frames = PATHS[config["path"]], [], []
     limit, shape = (4.0, (4, 8, 8)) if config["latent"] else (1.0, (1, 32, 32))    # of z
 
@@ -99,50 +90,48 @@ def generate(a, net, judge, config, w, y, decode):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)   # errors in one line
-    many, share = number(int, 1, 1e9), number(float, 0, 1)
-    p.add_argument("--w", type=number(float, -1e3, 1e3), nargs="+", required=True,
-                   help="guidance scales; 1 is the conditional model, 0 the unconditional one")
-    p.add_argument("--ckpt", metavar="FILE.pt", help="newest of runs/, else weights/unet.pt")
-    p.add_argument("--label", type=int, choices=range(10), help="default: 0, 1, ..., 9 in turn")
-    p.add_argument("--n", type=many, help="samples for each w (100, and 10 of the null label)")
-    p.add_argument("--steps", type=many, default=50, help="of the sampler (50)")
-    p.add_argument("--sampler", choices=SAMPLERS, default="euler", help="em is Euler-Maruyama")
-    p.add_argument("--sigma", type=number(float, 0, 1e3), help="of em: constant (sqrt(2 beta_t))")
-    p.add_argument("--noise", type=share, help="of ddim: 0 is DDIM, 1 DDPM's ancestral sampler (0)")
-    p.add_argument("--guidance", choices=("cfg", "classifier"), default="cfg")
-    p.add_argument("--interval", type=share, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
-                   help="t with guidance, w = 1 outside; Kynkaanniemi et al. 2024 (0 1)")
-    p.add_argument("--seed", type=number(int, 0, 2**32), default=0)
-    p.add_argument("--out", default="samples.png", metavar="FILE.png|FILE.npz")
-    p.add_argument("--trajectory", action="store_true", help="show x_t from noise to digit")
-    p.add_argument("--device", help="cuda where there is one, else cpu")
+    add, many, share = p.add_argument, number(int, 1, 1e9), number(float, 0, 1)
+    add("--w", type=number(float, -1e3, 1e3), nargs="+", required=True,
+        help="guidance scales; 1 is the conditional model, 0 the unconditional one")
+    add("--ckpt", metavar="FILE.pt", help="newest of runs/, else weights/unet.pt")
+    add("--label", type=int, choices=range(10), help="default: 0, 1, ..., 9 in turn")
+    add("--n", type=many, help="samples for each w (100, and 10 of the null label)")
+    add("--steps", type=many, default=50, help="of the sampler (50)")
+    add("--sampler", choices=SAMPLERS, default="euler", help="em is Euler-Maruyama")
+    add("--sigma", type=number(float, 0, 1e3), help="of em: constant (sqrt(2 beta_t))")
+    add("--noise", type=share, help="of ddim: 0 is DDIM, 1 DDPM's ancestral sampler (0)")
+    add("--guidance", choices=("cfg", "classifier"), default="cfg")
+    add("--interval", type=share, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
+        help="t with guidance, w = 1 outside; Kynkaanniemi et al. 2024 (0 1)")
+    add("--seed", type=number(int, 0, 2**32), default=0)
+    add("--out", default="samples.png", metavar="FILE.png|FILE.npz")
+    add("--trajectory", action="store_true", help="show x_t from noise to digit")
+    add("--device", help="cuda where there is one, else cpu")
     a = p.parse_args(argv)
     a.takes = inspect.signature(SAMPLERS[a.sampler]).parameters
-    for wrong, what in (
-            (a.noise is not None and "noise" not in a.takes, f"{a.sampler} takes no --noise"),
-            (a.sigma is not None and "sigma" not in a.takes, f"{a.sampler} takes no --sigma"),
-            (a.interval[0] > a.interval[1], "--interval LO HI needs LO <= HI"),
-            (a.out[-4:] not in (".png", ".npz"), "--out must end in .png or .npz"),
-            (a.out.endswith(".npz") and (len(a.w) > 1 or a.trajectory),
-             ".npz takes one --w, and no --trajectory")):
-        if wrong: p.error(what)
+    for option in ("noise", "sigma"):
+        if getattr(a, option) is not None and option not in a.takes:
+            p.error(f"{a.sampler} takes no --{option}")
+    if a.interval[0] > a.interval[1]: p.error("--interval LO HI needs LO <= HI")
+    if a.out[-4:] not in (".png", ".npz"): p.error("--out must end in .png or .npz")
+    if a.out.endswith(".npz") and (len(a.w) > 1 or a.trajectory):
+        p.error(".npz takes one --w, and no --trajectory")
     return a
 
 @torch.no_grad()
 def main(argv=None):
     a = parse(argv)
     device, began, calls, panels = train.pick_device(a.device), time.time(), 0, []
-    file = a.ckpt or newest(lambda c: c["arch"] in train.LATENT, "unet.pt")
-    if file is None: raise BadInput("no checkpoint yet: python train.py --arch unet makes one")
+    file = a.ckpt or newest(lambda c: c["arch"] in train.LATENT, "unet.pt") or "weights/unet.pt"
     net, config = train.load_checkpoint(file, device)
     latent, by_classifier = config["latent"], a.guidance == "classifier"
     if config["arch"] not in train.LATENT: raise BadInput(f"{file}: no sampler, a {config['arch']}")
     if latent and by_classifier: raise BadInput(f"{file}: a latent model takes --guidance cfg only")
     fits = lambda c: (c["arch"] == "classifier" and c["data"] == config["data"]
                       and (c["path"] == config["path"] or not by_classifier))
-    judge_file, judge, decode = newest(fits, "classifier.pt"), None, lambda x: x
-    if judge_file: judge, _ = train.load_checkpoint(judge_file, device)
-    elif by_classifier:
+    judge_file, decode = newest(fits, "classifier.pt"), lambda x: x
+    judge = train.load_checkpoint(judge_file, device)[0] if judge_file else None
+    if by_classifier and not judge:
         raise BadInput(f"no classifier for the data and path of {file}: train.py --arch classifier")
     if latent:
         vae, of_vae = train.load_checkpoint(latent["file"], device)
@@ -177,5 +166,4 @@ def main(argv=None):
     print(f"wrote {a.out}: {len(a.w) * n} samples of {file}, {a.steps} steps of {a.sampler}, "
           f"{calls} network calls, {time.time() - began:.1f} s")
 
-if __name__ == "__main__":
-    sys.exit(train.command(main))
+if __name__ == "__main__": sys.exit(train.command(main))

@@ -3,15 +3,7 @@
 The oracle is a labelled Gaussian mixture, float64, whose p_t(x), p_t(x|y), p_t(y|x), score, u and
 E[z|x] are closed-form on every path: an equation of the notes is a test without net or training.
 """
-import gzip
-import math
-import os
-import signal
-import struct
-import subprocess
-import sys
-import time
-import zlib
+import gzip, math, os, signal, struct, subprocess, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -286,6 +278,8 @@ def test_losses_sample_by_sample(path):
         for share in (slice(None), slice(0, 16), slice(16, 64)):
             torch.manual_seed(3)
             close(loss(tiny, path, z, y, 0.3, share=share), torch.stack(rows[share]).mean(), 1e-4)
+    logit = cfg_min.logit_normal(40000).logit()
+    assert abs(logit.mean() + 1) < 0.03 and abs(logit.std() - 1) < 0.03
 
 def test_classifier_loss_is_least_at_the_exact_posterior():
     torch.manual_seed(0)
@@ -417,7 +411,7 @@ def test_what_w_does_to_two_gaussians(capsys):
     for t in TIMES:
         for y in (0, 1, NULL):
             want = LINE.u(CondOT(), grid.double(), t, None if y == NULL else y).float()
-            got = cfg_min.two_gaussians()(grid, torch.full((13,), t), torch.full((13,), y))
+            got = cfg_min.two_gaussians(grid, torch.full((13,), t), torch.full((13,), y))
             close(got, want, 1e-4)
     for k in range(100): x = x + 0.01 * LINE.u(CondOT(), x, k / 100, 1) + 0.1 * torch.randn_like(x)
     assert x.std() > 0.6                                            # sigma = 1, no score: not 0.5

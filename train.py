@@ -1,13 +1,5 @@
 """Training: `python train.py --arch unet|dit|vae|classifier`. Data, checkpoints, loop, options."""
-import argparse
-import copy
-import gzip
-import io
-import os
-import signal
-import sys
-import time
-import zlib
+import argparse, copy, gzip, io, os, signal, sys, time, zlib
 from pathlib import Path
 
 import numpy as np
@@ -39,27 +31,24 @@ def read_idx(file):
 
 def load_data(path=HERE / "data/mnist.npz"):
     """x_train, y_train, x_test, y_test: (N, 1, 32, 32) uint8, padded from 28x28; (N,) int64, 0..9.
-
-    From an .npz with arrays of these names, or a folder of MNIST's four IDX files. Raises BadInput.
-    """
-    path, out = Path(path), []
+    From an .npz of arrays so named, or a folder of MNIST's four IDX files. Raises BadInput."""
+    idx = "train-images-idx3 train-labels-idx1 t10k-images-idx3 t10k-labels-idx1".split()
+    out = []
     try:
-        if path.is_dir():
-            arrays = [read_idx(path / f"{part}-{kind}-ubyte") for part in ("train", "t10k")
-                      for kind in ("images-idx3", "labels-idx1")]
+        if Path(path).is_dir(): arrays = [read_idx(Path(path, f"{name}-ubyte")) for name in idx]
         else:
             with np.load(path, allow_pickle=False) as npz:
                 arrays = [npz[k] for k in ("x_train", "y_train", "x_test", "y_test")]
         for x, y in (arrays[:2], arrays[2:]):
-            if x.dtype != np.uint8 or x.shape[1:] != (28, 28) or y.dtype.kind not in "iu" \
-                    or y.shape != x.shape[:1] or len(y) == 0 or y.min() < 0 or y.max() >= NULL:
+            if not (x.dtype == np.uint8 and x.shape == (y.size or 1, 28, 28) and y.ndim == 1
+                    and y.dtype.kind in "iu" and {*y.tolist()} <= {*range(NULL)}):
                 raise ValueError(f"has {x.dtype} {x.shape} and {y.dtype} {y.shape}")
             out += [torch.from_numpy(np.pad(x, ((0, 0), (2, 2), (2, 2))))[:, None],
                     torch.from_numpy(y.astype(np.int64))]
     except Exception as e:      # zip, zlib, gzip and numpy each raise their own
-        raise BadInput(f"{path}: {str(e).splitlines()[0]}; --data wants an .npz of x_train, "
-                       "y_train, x_test, y_test, or a folder of MNIST's four IDX files: images "
-                       "(N, 28, 28) uint8, labels (N,) in 0..9 (10 is null), N > 0") from None
+        raise BadInput(f"{path}: {str(e).splitlines()[0]}; --data wants an .npz of x_train, y_train"
+                       ", x_test, y_test, or a folder of MNIST's four IDX files: images (N, 28, 28)"
+                       " uint8, labels (N,) in 0..9 (10 is null), N > 0") from None
     return out
 
 def to_unit(images): return images.float() / 127.5 - 1      # uint8 0 ... 255 -> float32 -1 ... 1
@@ -113,9 +102,7 @@ def autocast(device):
 
 def make_optimizers(net):
     """Muon (Jordan 2024) for hidden matrices, kernels as (c_out, c_in k k); AdamW for the rest.
-
-    The rest: vectors, first and last layers, and what only embeddings of t and y go through.
-    """
+    The rest: vectors, first and last layers, and what only embeddings of t and y go through."""
     ends, hidden, rest = "first last embed label time inject modulation".split(), [], []
     for name, p in net.named_parameters():
         p.grad = torch.zeros_like(p)
@@ -146,15 +133,14 @@ def train(a):
     checksum = zlib.crc32(y_all.cpu().numpy(), zlib.crc32(x_all.cpu().numpy()))
     config = dict({k: getattr(a, k) for k in settings}, net={}, latent=None,
                   data=checksum, real_diversity=diversity(*test))
-    to_z = to_unit
     if a.latent:
         vae, of_vae = load_checkpoint(a.latent, device)
         if of_vae["arch"] != "vae": raise BadInput(f"--latent {a.latent}: not of --arch vae")
         with torch.no_grad(), autocast(device):
             x_all = torch.cat([vae.encode(to_unit(x)).float() for x in x_all.split(500)])
         scale = 1 / x_all.std().item()          # to unit variance; Rombach et al. 2022, app. G
+        x_all *= scale
         config.update(net=LATENT[a.arch], latent=dict(file=a.latent, vae=of_vae, scale=scale))
-        to_z = lambda latents: latents * scale
 
     torch.manual_seed(a.seed)
     net, start = NETS[a.arch](**config["net"]).to(device), 0
@@ -168,10 +154,8 @@ def train(a):
         net.load_state_dict(ckpt["net"]), averaged.load_state_dict(ckpt["weights"])
         for o, state in zip(optimizers, ckpt["optimizers"]): o.load_state_dict(state)
     elif a.resume: say(f"{a.out} does not exist yet: starting at the beginning")
-    model = net
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        model = torch.nn.parallel.DistributedDataParallel(net)
+    if world > 1: dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    model = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
 
     say(f"{a.arch} on {device}: {sum(p.numel() for p in net.parameters()):,} parameters, "
         f"{len(x_all):,} images, steps {start} to {a.steps} of {a.batch}, to {a.out}", flush=True)
@@ -181,7 +165,8 @@ def train(a):
     for step in range(start, a.steps):
         torch.manual_seed(int(np.random.SeedSequence([a.seed, step]).generate_state(1)[0]))
         i = torch.randint(len(x_all), (a.batch,), device=device)
-        with autocast(device): loss = loss_of(a, model, to_z(x_all[i]), y_all[i], share)
+        z = x_all[i] if a.latent else to_unit(x_all[i])
+        with autocast(device): loss = loss_of(a, model, z, y_all[i], share)
         net.zero_grad(set_to_none=False)
         loss.backward()
         for optimizer in optimizers:            # warm-up, then linear decay
@@ -210,12 +195,10 @@ def train(a):
             total, shown, since = 0.0, done, time.time()
         if stop: raise KeyboardInterrupt
     if a.arch == "classifier":
-        read = accuracy(averaged.eval(), *test)
-        say(f"{100 * read:.2f} % of the test images are read right at t = 1")
+        say(f"{100 * accuracy(averaged, *test):.2f} % of the test images are read right at t = 1")
     if a.arch == "vae":
         errors = [averaged.decode(averaged.encode(x)) - x for x in to_unit(test[0]).split(500)]
-        mse = torch.cat(errors).square().mean()
-        say(f"mean squared error of test images, in [-1, 1]: {mse:.4f}")
+        say(f"mean squared error of test images: {torch.cat(errors).square().mean():.4f}")
     if world > 1: dist.destroy_process_group()
     say(f"wrote {a.out}")
 
@@ -229,22 +212,22 @@ def number(kind, low, high):
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)   # errors in one line
-    many, share = number(int, 1, 1e9), number(float, 0, 1)
-    p.add_argument("--arch", choices=NETS, required=True)
-    p.add_argument("--steps", type=many, help=f"and --batch and --lr, the peak: {RECIPES}")
-    p.add_argument("--batch", type=many)
-    p.add_argument("--lr", type=number(float, 1e-9, 1e3))
-    p.add_argument("--eta", type=share, default=0.1, help="label-drop probability (0.1)")
-    p.add_argument("--ema", type=share, default=0.999, help="decay of the averaged weights (0.999)")
-    p.add_argument("--seed", type=number(int, 0, 2**32), default=0)
-    p.add_argument("--data", default=HERE / "data/mnist.npz", help=".npz, or a folder of IDX files")
-    p.add_argument("--path", choices=PATHS, default="condot", help="probability path (condot)")
-    p.add_argument("--predict", choices=("u", "eps"), default="u", help="CFM loss (u) or DSM loss")
-    p.add_argument("--latent", metavar="VAE.pt", help="train in this autoencoder's latent space")
-    p.add_argument("--out", metavar="FILE.pt", help="runs/<arch>.pt or runs/latent_<arch>.pt")
-    p.add_argument("--resume", action="store_true", help="go on from --out")
-    p.add_argument("--save-every", type=many, default=500, metavar="N", help="steps (500)")
-    p.add_argument("--device", help="cuda where there is one, else cpu")
+    add, many, share = p.add_argument, number(int, 1, 1e9), number(float, 0, 1)
+    add("--arch", choices=NETS, required=True)
+    add("--steps", type=many, help=f"and --batch and --lr, the peak: {RECIPES}")
+    add("--batch", type=many)
+    add("--lr", type=number(float, 1e-9, 1e3))
+    add("--eta", type=share, default=0.1, help="label-drop probability (0.1)")
+    add("--ema", type=share, default=0.999, help="decay of the averaged weights (0.999)")
+    add("--seed", type=number(int, 0, 2**32), default=0)
+    add("--data", default=HERE / "data/mnist.npz", help=".npz, or a folder of IDX files")
+    add("--path", choices=PATHS, default="condot", help="probability path (condot)")
+    add("--predict", choices=("u", "eps"), default="u", help="CFM loss (u) or DSM loss")
+    add("--latent", metavar="VAE.pt", help="train in this autoencoder's latent space")
+    add("--out", metavar="FILE.pt", help="runs/<arch>.pt or runs/latent_<arch>.pt")
+    add("--resume", action="store_true", help="go on from --out")
+    add("--save-every", type=many, default=500, metavar="N", help="steps (500)")
+    add("--device", help="cuda where there is one, else cpu")
     a = p.parse_args(argv)
     if a.latent and a.arch not in LATENT: p.error("--latent goes with --arch unet or dit")
     for k, v in zip(("steps", "batch", "lr"), RECIPES[a.arch]): setattr(a, k, getattr(a, k) or v)
@@ -262,5 +245,4 @@ def command(main):
 
 def main(argv=None): return train(parse(argv))
 
-if __name__ == "__main__":
-    sys.exit(command(main))
+if __name__ == "__main__": sys.exit(command(main))

@@ -6,6 +6,7 @@ convolution; t and y are embedded and injected into every residual layer.
 B: batch, C: channels of x, H x W: its size, c: a stage's channels, e (B, E): t and y embedded.
 """
 import math
+from itertools import pairwise
 
 import torch
 import torch.nn as nn
@@ -19,15 +20,19 @@ def time_features(t, dim=128):
 
 def time_embedding(E): return nn.Sequential(nn.Linear(128, E), nn.SiLU(), nn.Linear(E, E))
 
+def zero(layer):
+    """The layer with weights and biases of 0."""
+    for p in layer.parameters(): nn.init.zeros_(p)
+    return layer
+
 class ResidualLayer(nn.Module):
     """x + conv(silu(norm(conv(silu(norm(x)))))), the second norm scaled and shifted by e."""
 
     def __init__(self, c, E):
         super().__init__()
         self.norm1, self.conv1 = nn.GroupNorm(8, c), nn.Conv2d(c, c, 3, padding=1)
-        self.norm2, self.conv2 = nn.GroupNorm(8, c), nn.Conv2d(c, c, 3, padding=1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, c), zero(nn.Conv2d(c, c, 3, padding=1))
         self.inject = nn.Linear(E, 2 * c)
-        nn.init.zeros_(self.conv2.weight), nn.init.zeros_(self.conv2.bias)
 
     def forward(self, x, e):                    # (B, c, H, W), (B, E) -> (B, c, H, W)
         scale, shift = self.inject(e)[:, :, None, None].chunk(2, dim=1)     # (B, c, 1, 1) each
@@ -43,8 +48,8 @@ class Encoder(nn.Module):
         super().__init__()
         self.first = nn.Conv2d(in_channels, channels[0], 2 * stride + 1, stride, padding=stride)
         self.stages = nn.ModuleList(stage(c, E, layers) for c in channels)
-        pairs = zip(channels, channels[1:])
-        self.downs = nn.ModuleList(nn.Conv2d(c, d, 3, stride=2, padding=1) for c, d in pairs)
+        self.downs = nn.ModuleList(nn.Conv2d(c, d, 3, stride=2, padding=1)
+                                   for c, d in pairwise(channels))
 
     def forward(self, x, e):
         ends = []                               # (B, c, H/stride, W/stride), then halves
@@ -56,20 +61,17 @@ class Encoder(nn.Module):
 
 class UNet(nn.Module):
     """net(x, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..9 or NULL = 10 -> as x.
-
-    stride is that of the first convolution; the last one writes stride x stride pixels a place.
-    """
+    stride is that of the first convolution; the last one writes stride x stride pixels a place."""
 
     def __init__(self, channels=(32, 64, 128), layers=2, in_channels=1, stride=2, E=128):
         super().__init__()
         self.time, self.label, self.stride = time_embedding(E), nn.Embedding(10 + 1, E), stride
         self.encoder = Encoder(channels, layers, in_channels, stride, E)
-        pairs = list(zip(channels, channels[1:]))[::-1]
+        pairs = [*pairwise(channels)][::-1]
         self.ups = nn.ModuleList(nn.Conv2d(d, c, 3, padding=1) for c, d in pairs)
         self.decoders = nn.ModuleList(stage(c, E, layers) for c, _ in pairs)
         self.norm = nn.GroupNorm(8, channels[0])
-        self.last = nn.Conv2d(channels[0], in_channels * stride**2, 3, padding=1)
-        nn.init.zeros_(self.last.weight), nn.init.zeros_(self.last.bias)
+        self.last = zero(nn.Conv2d(channels[0], in_channels * stride**2, 3, padding=1))
 
     def forward(self, x, t, y):
         e = F.silu(self.time(time_features(t)) + self.label(y))     # (B, E)
