@@ -19,7 +19,7 @@ def drop_labels(y, eta):
     return torch.where(torch.rand(len(y), device=y.device) < eta, NULL, y)
 
 def logit_normal(n, device=None):
-    """t with logit(t) ~ N(-1, 1): often early, where the label is decided; Esser et al. 2024, 3.1."""
+    """t, logit(t) ~ N(-1, 1): often early, where the label is decided; Esser et al. 2024, 3.1."""
     return (torch.randn(n, device=device) - 1).sigmoid()
 
 def draw(path, z, y, eta, share=slice(None), draw_t=torch.rand):
@@ -121,7 +121,7 @@ def ddim(field, x, steps, path=CondOT(), noise=0.0, t0=0.0, randn=torch.randn_li
 SAMPLERS = {"euler": euler, "heun": heun, "em": euler_maruyama, "ddim": ddim}
 
 def two_gaussians(x, t, y):
-    """The exact net on CondOT of two equally likely classes N(-1, 0.5^2), N(1, 0.5^2); x: (B, 1)."""
+    """The exact net on CondOT of two equal classes, N(-1, 0.5^2) and N(1, 0.5^2); x: (B, 1)."""
     alpha, beta, d_alpha, d_beta = CondOT().at(t, x)
     m, var = torch.tensor([-1.0, 1.0]).to(x), (alpha / 2)**2 + beta**2
     off = x - alpha * m                                     # (B, 2): p_t(x|y) = N(alpha m, var)
