@@ -18,9 +18,9 @@ def drop_labels(y, eta):
     """y <- NULL with probability eta, each sample by itself, a new tensor; Lecture 4, L_CFM^CFG."""
     return torch.where(torch.rand(len(y), device=y.device) < eta, NULL, y)
 
-def logit_normal(n, device=None):
-    """t, logit(t) ~ N(-1, 1): often early, where the label is decided; Esser et al. 2024, 3.1."""
-    return (torch.randn(n, device=device) - 1).sigmoid()
+def logit_normal(n, device=None, mean=-1.0):
+    """t with logit(t) ~ N(mean, 1): often where the label is decided; Esser et al. 2024, 3.1."""
+    return (mean + torch.randn(n, device=device)).sigmoid()
 
 def draw(path, z, y, eta, share=slice(None), draw_t=torch.rand):
     """What the losses average over: y <- NULL with probability eta, t ~ U[0, 1), x ~ p_t(x|z).
