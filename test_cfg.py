@@ -405,8 +405,9 @@ def test_what_w_does_to_two_gaussians(capsys):
     rows = [[float(v) for v in row.split()] for row in capsys.readouterr().out.splitlines()[2:]]
     for w, ode, _, sde, _, tilted, _, mixture, _ in rows[:2]:
         assert max(abs(v - w) for v in (ode, sde, tilted, mixture)) < 0.06
-    _, ode, _, sde, _, tilted, *_ = rows[3]
-    assert 1.45 < ode < 1.6 and 1.1 < sde < ode - 0.1 and abs(tilted - 1.05) < 0.01
+    _, ode, _, sde, _, tilted, std, *_ = rows[3]
+    assert 1.45 < ode < 1.6 and 1.1 < sde < ode - 0.1
+    assert abs(tilted - 1.05) < 0.01 and abs(std - 0.46) < 0.01
     grid, x = torch.linspace(-3, 3, 13)[:, None], torch.randn(4000, 1).double()
     for t in TIMES:
         for y in (0, 1, NULL):
