@@ -119,7 +119,7 @@ def loss_of(a, net, z, y, share):
     if a.arch == "vae": return vae_loss(net, z, share)
     if a.arch == "classifier": return classifier_loss(net, PATHS[a.path], z, y, share)
     if a.predict == "eps": return cfg_dsm_loss(net, PATHS[a.path], z, y, a.eta, share=share)
-    draw_t = partial(logit_normal, mean=0.0) if a.latent else logit_normal      # decided later there
+    draw_t = partial(logit_normal, mean=0.0) if a.latent else logit_normal   # decided later there
     return cfg_cfm_loss(net, PATHS[a.path], z, y, a.eta, share=share, draw_t=draw_t)
 
 def train(a):
