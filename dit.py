@@ -1,7 +1,9 @@
 """The diffusion transformer (DiT): patches are tokens; t and y modulate every block (adaLN-Zero).
 
 Lecture 4, "Diffusion Transformer" (004_4aa8a09610484fd5.txt, section 2.2); Peebles & Xie 2023.
-B: batch, p: patch size, N = (H/p)(W/p) tokens, D: width, e (B, D): t and y embedded.
+
+B: batch, C: channels of x, H x W: its size, p: the width of a patch, N = (H/p)(W/p): the tokens,
+D: the width of a token, e (B, D): t and y embedded.
 """
 import torch
 import torch.nn as nn
@@ -9,63 +11,85 @@ import torch.nn.functional as F
 
 from unet import time_embedding, time_features, zero
 
+
 def patchify(x, p):
     """(B, C, H, W) -> (B, N, C p p): patches row by row, each flat."""
     B, C, H, W = x.shape
-    x = x.view(B, C, H // p, p, W // p, p).permute(0, 2, 4, 1, 3, 5)        # (B, H/p, W/p, C, p, p)
+    x = x.view(B, C, H // p, p, W // p, p)
+    x = x.permute(0, 2, 4, 1, 3, 5)             # (B, H/p, W/p, C, p, p)
     return x.reshape(B, -1, C * p * p)
+
 
 def unpatchify(tokens, p, shape):
     """(B, N, C p p) -> shape (B, C, H, W): patchify's steps undone."""
     B, C, H, W = shape
-    x = tokens.view(B, H // p, W // p, C, p, p).permute(0, 3, 1, 4, 2, 5)   # (B, C, H/p, p, W/p, p)
+    x = tokens.view(B, H // p, W // p, C, p, p)
+    x = x.permute(0, 3, 1, 4, 2, 5)             # (B, C, H/p, p, W/p, p)
     return x.reshape(B, C, H, W)
+
 
 def positions(n, D):
     """Fixed sin-cos positions on an n x n grid, (n n, D): half of D is the row, half the column."""
-    angles = torch.arange(n)[:, None] / 100 ** torch.linspace(0, 1, D // 4)             # (n, D/4)
-    line = torch.cat([angles.sin(), angles.cos()], dim=1)                               # (n, D/2)
-    return torch.cat([line.repeat_interleave(n, 0), line.repeat(n, 1)], dim=1)
+    wavelengths = 100 ** torch.linspace(0, 1, D // 4)
+    angles = torch.arange(n)[:, None] / wavelengths         # (n, D/4)
+    line = torch.cat([angles.sin(), angles.cos()], dim=1)   # (n, D/2)
+    rows = line.repeat_interleave(n, 0)         # 0 0 0 1 1 1 ...
+    columns = line.repeat(n, 1)                 # 0 1 2 0 1 2 ...
+    return torch.cat([rows, columns], dim=1)    # (n n, D)
+
 
 def modulate(x, shift, scale):
     """adaLN: x (B, N, D) normalised, then scaled and shifted by (B, D)."""
-    return F.layer_norm(x, x.shape[-1:]) * (1 + scale[:, None]) + shift[:, None]
+    x = F.layer_norm(x, x.shape[-1:])
+    return x * (1 + scale[:, None]) + shift[:, None]
+
 
 class Block(nn.Module):
     """x + gate attention(adaLN(x)), then x + gate mlp(adaLN(x)); the gates start at 0."""
 
     def __init__(self, D, heads):
         super().__init__()
-        self.heads, self.qkv, self.out = heads, nn.Linear(D, 3 * D), nn.Linear(D, D)
+        self.heads = heads
+        self.qkv = nn.Linear(D, 3 * D)
+        self.out = nn.Linear(D, D)
         self.mlp = nn.Sequential(nn.Linear(D, 4 * D), nn.SiLU(), nn.Linear(4 * D, D))
         self.modulation = zero(nn.Linear(D, 6 * D))
 
-    def attention(self, x):
-        qkv = self.qkv(x).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        with torch.autocast(x.device.type, enabled=False):          # in bf16 it is slow on CPUs
-            x = F.scaled_dot_product_attention(*qkv.float())        # of (B, heads, N, D/heads)
-        return self.out(x.transpose(1, 2).flatten(2))   # (B, N, D)
+    def attention(self, x):                     # (B, N, D) -> (B, N, D)
+        qkv = self.qkv(x)                       # (B, N, 3 D)
+        qkv = qkv.unflatten(2, (3, self.heads, -1))         # (B, N, 3, heads, D/heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)    # (B, heads, N, D/heads) each
+        with torch.autocast(x.device.type, enabled=False):  # in bf16 it is slow on CPUs
+            x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+        x = x.transpose(1, 2).flatten(2)        # (B, N, heads, D/heads) -> (B, N, D)
+        return self.out(x)
 
-    def forward(self, x, e):                            # (B, N, D), (B, D) -> (B, N, D)
+    def forward(self, x, e):                    # (B, N, D), (B, D) -> (B, N, D)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(e).chunk(6, dim=1)
         x = x + gate1[:, None] * self.attention(modulate(x, shift1, scale1))
         return x + gate2[:, None] * self.mlp(modulate(x, shift2, scale2))
+
 
 class DiT(nn.Module):
     """net(x, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..9 or NULL = 10 -> as x."""
 
     def __init__(self, size=32, in_channels=1, patch=4, width=128, depth=5, heads=2):
         super().__init__()
-        self.patch, p = patch, in_channels * patch**2
-        self.embed, self.last = nn.Linear(p, width), zero(nn.Linear(width, p))
+        self.patch = patch
+        numbers = in_channels * patch**2        # of a patch
+        self.embed = nn.Linear(numbers, width)
+        self.last = zero(nn.Linear(width, numbers))
         self.register_buffer("positions", positions(size // patch, width), persistent=False)
-        self.time, self.label = time_embedding(width), nn.Embedding(10 + 1, width)
+        self.time = time_embedding(width)
+        self.label = nn.Embedding(10 + 1, width)            # one more for NULL
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.modulation = zero(nn.Linear(width, 2 * width))
 
     def forward(self, x, t, y):
-        e = F.silu(self.time(time_features(t)) + self.label(y))             # (B, D)
-        h = self.embed(patchify(x, self.patch)) + self.positions            # (B, N, D)
-        for block in self.blocks: h = block(h, e)
-        h = self.last(modulate(h, *self.modulation(e).chunk(2, dim=1)))     # (B, N, C p p)
+        e = F.silu(self.time(time_features(t)) + self.label(y))     # (B, D)
+        h = self.embed(patchify(x, self.patch)) + self.positions    # (B, N, D)
+        for block in self.blocks:
+            h = block(h, e)
+        shift, scale = self.modulation(e).chunk(2, dim=1)   # (B, D) each
+        h = self.last(modulate(h, shift, scale))            # (B, N, C p p)
         return unpatchify(h, self.patch, x.shape)

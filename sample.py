@@ -1,96 +1,227 @@
-"""From a checkpoint to a picture: `python sample.py --w 3`. Samples, figure, report, options."""
-import argparse, inspect, io, os, struct, sys, time, zlib
+"""From a checkpoint to a picture: `python sample.py --w 3`. Samples, report, figure, options."""
+import argparse
+import io
+import os
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
-import train
-from cfg_min import NULL, SAMPLERS, classifier_guided_field, guided_field
-from cfg_min import ddim, euler, euler_maruyama, heun       # noqa: F401, as sample.euler, ...
+import checkpoint
+import mnist
+import picture
+from cfg_min import (NULL, classifier_guided_field, ddim, euler, euler_maruyama, guided_field, heun,
+                     ignore, times)
+from checkpoint import FIELDS, LATENT_SHAPE, PIXELS_SHAPE, autocast, pick_device
+from command import BadInput, number, run, write_whole
+from mnist import to_bytes
 from paths import PATHS
-from train import BadInput, number
 
 CHUNK = 100     # samples computed at once
-FONT = dict(zip("0123456789.-+e=wt ", (        # 3 x 5 dots: an octal digit a row
-    0o75557, 0o26227, 0o71747, 0o71717, 0o55711, 0o74717, 0o74757, 0o71122, 0o75757, 0o75717,
-    0o00002, 0o00700, 0o02720, 0o07747, 0o07070, 0o05577, 0o27222, 0)))
+FRAMES = 11     # of a trajectory: t = 0, 0.1, ..., 1
 
-def text(string):
-    """string in white dots of 2 x 2 pixels: (10, 8 len(string)) uint8."""
-    dots = [[FONT[c] >> 3 * k & bit for c in string for bit in (4, 2, 1, 0)] for k in range(5)]
-    return np.kron(np.array(dots[::-1]) > 0, np.full((2, 2), 255)).astype(np.uint8)
+SAMPLERS = {    # what each takes beside (field, x, steps, t0, watch)
+    "euler": (euler, ()),
+    "heun": (heun, ()),
+    "em": (euler_maruyama, ("path", "randn", "sigma")),
+    "ddim": (ddim, ("path", "randn", "noise")),
+}
 
-def png(grey):
-    """(H, W) uint8 as an 8-bit grey PNG: signature, header, zipped rows, end; W3C, PNG."""
-    header = struct.pack(">IIBBBBB", *grey.shape[::-1], 8, 0, 0, 0, 0)
-    rows = np.pad(grey, ((0, 0), (1, 0))).tobytes()     # a 0 before each row: not filtered
-    out = b"\x89PNG\r\n\x1a\n"
-    for chunk in (b"IHDR" + header, b"IDAT" + zlib.compress(rows), b"IEND"):
-        out += struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))
-    return out
 
-def panel(grid, *titles):
-    """Images (R, C, 32, 32) uint8 under titles, in a frame; an image is as wide as 4 characters."""
-    R, C = grid.shape[:2]
-    head, width = 16 * len(titles), max(32 * C, 8 * len(titles[0]))
-    picture = np.zeros((head + 32 * R, width), np.uint8)
-    picture[head:, :32 * C] = grid.transpose(0, 2, 1, 3).reshape(32 * R, 32 * C)
-    for k, words in enumerate(titles):
-        picture[16 * k + 3:16 * k + 13, :8 * len(words)] = text(words)
-    return np.pad(picture, 4, constant_values=96)
+# ---------------------------------------------------------------- sampling
+
+def noise_of(seed, ids, shape):
+    """randn(like): the next noise (B, *shape) of samples ids, of each from (seed, id) alone."""
+    generators = [np.random.default_rng([seed, i]) for i in ids]
+
+    def randn(like):
+        noise = [generator.standard_normal(shape, np.float32) for generator in generators]
+        return torch.from_numpy(np.stack(noise)).to(like.device)
+    return randn
+
+
+def generate(field, y, shape, seed, sampler, steps, options, t0=0.0, watch=ignore):
+    """Samples, chunk by chunk: yields x at t = 1, (B, *shape), for the next B of the labels y (N,).
+
+    field(x, t, y) -> u. options: what the sampler takes beside its usual arguments. Sample i is made
+    of random numbers of (seed, i) alone: N and CHUNK do not change it.
+    """
+    simulate, takes = SAMPLERS[sampler]
+    for ids in torch.arange(len(y)).split(CHUNK):
+        labels = y[ids]
+        randn = noise_of(seed, ids.tolist(), shape)
+        if "randn" in takes:
+            options = {**options, "randn": randn}
+
+        def field_of_labels(x, t):
+            return field(x, t, labels)
+        yield simulate(field_of_labels, randn(y), steps, t0=t0, watch=watch, **options)
+
+
+class Trajectory:
+    """x_t at the sampler's first step from t = 0, 0.1, ..., 0.9 on, and at the end."""
+
+    def __init__(self, steps, t0, to_images):
+        starts = [t for t, _ in times(steps, t0)]
+        self.moments = []
+        for k in range(FRAMES - 1):
+            later = [t for t in starts if t > k / (FRAMES - 1) - 1e-6]
+            self.moments.append(min(later, default=1.0))
+        self.moments.append(1.0)
+        self.to_images = to_images
+        self.seen = {t: [] for t in self.moments}           # lists of chunks of images
+
+    def watch(self, t, x):
+        if t in self.seen:
+            self.seen[t].append(self.to_images(x))
+
+    def frames(self, images):
+        """(N, 11, 32, 32), with the final images (N, 32, 32) as the last."""
+        self.seen[1.0] = [images]
+        return torch.stack([torch.cat(self.seen[t]) for t in self.moments], dim=1)
+
+
+# ---------------------------------------------------------------- what is sampled from
 
 def newest(fits, shipped):
     """The newest checkpoint in runs/ whose config fits, else the shipped one, else None."""
     runs = sorted(Path("runs").glob("*.pt"), key=lambda file: -file.stat().st_mtime)
-    for file in (*runs, train.HERE / "weights" / shipped):
+    for file in [*runs, checkpoint.HERE / "weights" / shipped]:
         try:
-            if fits(train.load_checkpoint(file)[1]): return os.path.relpath(file)
-        except (BadInput, OSError): pass        # a damaged file is in nobody's way
+            _, config = checkpoint.load(file)
+        except (BadInput, OSError):             # a damaged file is in nobody's way
+            continue
+        if fits(config):
+            return os.path.relpath(file)
+    return None
 
-def generate(a, net, judge, config, w, y, decode):
-    """Samples (N, 32, 32) uint8 for the labels y (N,); with --trajectory also x_t, (N, 11, 32, 32).
-    Sample i is made of random numbers of (seed, i) alone: N and CHUNK do not change it."""
-    path, images, frames = PATHS[config["path"]], [], []
-    limit, shape = (4.0, (4, 8, 8)) if config["latent"] else (1.0, (1, 32, 32))    # of z
 
-    def net_u(x, t, y):
-        if config["predict"] == "u": return net(x, t, y)
-        u = path.eps_to_u(net(x, t, y), x, t)           # errors in eps, over a small alpha:
-        z = path.u_to_data(u, x, t).clamp(-limit, limit)    # so z is clipped, as Ho et al. 2020 do
-        alpha, beta, _, _ = path.at(t, x)
-        return path.target(z, (x - alpha * z) / beta, t)
+class Model:
+    """A checkpoint to sample from: net is its field u, decode turns x at t = 1 into pixels."""
 
-    singular = config["predict"] == "eps" or a.guidance == "classifier"     # they divide by alpha
-    t0 = 0.01 if singular and path.alpha(torch.zeros(1)) == 0 else 0.0
-    for ids in torch.arange(len(y)).split(CHUNK):
-        generators, seen = [np.random.default_rng([a.seed, i]) for i in ids.tolist()], []
+    def __init__(self, file, device):
+        self.file = file or newest(lambda config: config["arch"] in FIELDS, "unet.pt")
+        self.file = self.file or "weights/unet.pt"
+        self.field, self.config = checkpoint.load(self.file, device)
+        if self.config["arch"] not in FIELDS:
+            raise BadInput(f"{self.file}: no sampler, a {self.config['arch']}")
+        self.path = PATHS[self.config["path"]]
+        self.device = device
+        self.calls = 0
+        self.vae = None
+        latent = self.config["latent"]
+        if latent:
+            self.vae, vae_config = checkpoint.load(latent["file"], device)
+            if vae_config != latent["vae"]:
+                raise BadInput(f"{latent['file']}: {self.file} has another VAE")
 
-        def randn(x):
-            noise = [g.standard_normal(x.shape[1:], np.float32) for g in generators]
-            return torch.from_numpy(np.stack(noise)).to(y.device)
+    def net(self, x, t, y):
+        """u_t(x|y), in the device's fast precision; counts its calls."""
+        self.calls += 1
+        with autocast(self.device):
+            return self.field(x, t, y).float()
 
-        def to_images(x): return ((decode(x) + 1) * 127.5).round().clamp(0, 255).byte()[:, 0]
+    def shape(self):
+        return LATENT_SHAPE if self.vae else PIXELS_SHAPE
 
-        def field(x, t):
-            while a.trajectory and len(seen) < 10 and t > len(seen) / 10 - 1e-6:
-                seen.append(to_images(x))
-            scale = w if a.interval[0] <= t <= a.interval[1] else 1.0
-            if a.guidance == "cfg": return guided_field(net_u, x, t, y[ids], scale)
-            return classifier_guided_field(net_u, judge, path, x, t, y[ids], scale)
+    def to_images(self, x):
+        """x (B, C, H, W) in the units of the network -> images (B, 32, 32) uint8."""
+        if self.vae:
+            x = self.vae.decode(x / self.config["latent"]["scale"])
+        return to_bytes(x)[:, 0]
 
-        known = dict(t0=t0, path=path, randn=randn, sigma=a.sigma, noise=a.noise)
-        options = {k: known[k] for k in a.takes if known.get(k) is not None}
-        x = SAMPLERS[a.sampler](field, randn(torch.empty(len(ids), *shape)), a.steps, **options)
-        if not x.isfinite().all(): raise BadInput("the samples are not finite: try a smaller --w")
-        images.append(to_images(x))
-        if a.trajectory: frames.append(torch.stack((seen + images[-1:] * 11)[:11], dim=1))
-    return torch.cat(images), torch.cat(frames) if frames else None
+
+def find_judge(model, guides):
+    """The newest noisy classifier of the model's data, and its file; if it guides, of its path too.
+
+    None, None where there is none, and nothing to guide.
+    """
+    if guides and model.vae:
+        raise BadInput(f"{model.file}: a latent model takes --guidance cfg only")
+
+    def fits(config):
+        if config["arch"] != "classifier" or config["data"] != model.config["data"]:
+            return False
+        return config["path"] == model.config["path"] or not guides
+
+    file = newest(fits, "classifier.pt")
+    if file:
+        return checkpoint.load(file, model.device)[0], file
+    if guides:
+        raise BadInput(f"no classifier for the data and path of {model.file}: "
+                       "train.py --arch classifier")
+    return None, None
+
+
+def guided(model, judge, guidance, interval, w):
+    """The guided field (x, t, y) -> u that --guidance, --interval and --w ask for."""
+    low, high = interval
+
+    def field(x, t, y):
+        scale = w if low <= t <= high else 1.0
+        if guidance == "classifier":
+            return classifier_guided_field(model.net, judge, model.path, x, t, y, scale)
+        return guided_field(model.net, x, t, y, scale)
+    return field
+
+
+def first_time(model, guidance):
+    """t0: 0.01 where the field divides by alpha, and alpha is 0 at t = 0."""
+    divides = model.config["predict"] == "eps" or guidance == "classifier"
+    if divides and model.path.alpha(torch.zeros(1)) == 0:
+        return 0.01
+    return 0.0
+
+
+# ---------------------------------------------------------------- what is said and shown
+
+def report(w, images, y, judge, judge_file, real_diversity):
+    """Say how many samples are read as their label, and how diverse they are in their classes."""
+    labelled = y != NULL
+    share = mnist.accuracy(judge, images[labelled, None], y[labelled])
+    line = f"w = {w:g}: {100 * share:.1f} % read as their label by {judge_file}"
+    spread = mnist.diversity(images[labelled], y[labelled]) / real_diversity
+    if spread > 0:                              # nan where no class has two samples
+        line += f", diversity {spread:.2f} of that of real digits"
+    print(line)
+
+
+def by_label(images, rows):
+    """Images (N, 32, 32) as a grid (rows, columns, 32, 32): sample i stands in row i % rows."""
+    missing = -len(images) % rows
+    if missing:
+        images = torch.cat([images, images.new_zeros(missing, 32, 32)])
+    return images.view(-1, rows, 32, 32).transpose(0, 1)
+
+
+def titled(w, grid, trajectory):
+    """The panel of a grid of images under its w and, above a trajectory, its times."""
+    titles = [f"w = {w:g}"]
+    if trajectory:
+        moments = [k / (FRAMES - 1) for k in range(FRAMES)]
+        titles.append("".join(f"{t:<4g}" for t in moments))
+    return picture.panel(grid.cpu().numpy(), *titles)
+
+
+def write(out, panels, images, y):
+    """The figure of all panels, or an .npz of images (N, 32, 32) uint8 and labels (N,) int64."""
+    if out.endswith(".png"):
+        write_whole(out, picture.png(np.hstack(panels)))
+        return
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, images=images.cpu().numpy(), labels=y.cpu().numpy())
+    write_whole(out, buffer.getvalue())
+
+
+# ---------------------------------------------------------------- the command
 
 def parse(argv=None):
     p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)   # errors in one line
-    add, many, share = p.add_argument, number(int, 1, 1e9), number(float, 0, 1)
+    add = p.add_argument
+    many = number(int, 1, 1e9)
+    share = number(float, 0, 1)
     add("--w", type=number(float, -1e3, 1e3), nargs="+", required=True,
         help="guidance scales; 1 is the conditional model, 0 the unconditional one")
     add("--ckpt", metavar="FILE.pt", help="newest of runs/, else weights/unet.pt")
@@ -107,63 +238,71 @@ def parse(argv=None):
     add("--out", default="samples.png", metavar="FILE.png|FILE.npz")
     add("--trajectory", action="store_true", help="show x_t from noise to digit")
     add("--device", help="cuda where there is one, else cpu")
-    a = p.parse_args(argv)
-    a.takes = inspect.signature(SAMPLERS[a.sampler]).parameters
-    for option in ("noise", "sigma"):
-        if getattr(a, option) is not None and option not in a.takes:
-            p.error(f"{a.sampler} takes no --{option}")
-    if a.interval[0] > a.interval[1]: p.error("--interval LO HI needs LO <= HI")
-    if a.out[-4:] not in (".png", ".npz"): p.error("--out must end in .png or .npz")
-    if a.out.endswith(".npz") and (len(a.w) > 1 or a.trajectory):
+    options = p.parse_args(argv)
+    _, takes = SAMPLERS[options.sampler]
+    for name in ("noise", "sigma"):
+        if getattr(options, name) is not None and name not in takes:
+            p.error(f"{options.sampler} takes no --{name}")
+    if options.interval[0] > options.interval[1]:
+        p.error("--interval LO HI needs LO <= HI")
+    if options.out[-4:] not in (".png", ".npz"):
+        p.error("--out must end in .png or .npz")
+    if options.out.endswith(".npz") and (len(options.w) > 1 or options.trajectory):
         p.error(".npz takes one --w, and no --trajectory")
-    return a
+    return options
+
+
+def labels_of(options):
+    """The labels y (N,) that the options ask for, and the rows of the figure."""
+    rows = 10                                   # one a label
+    if options.n is None and options.label is None and options.out.endswith(".png"):
+        rows = NULL + 1                         # and one of samples without a label
+    columns = 1 if options.trajectory else 10
+    n = options.n or rows * columns
+    y = torch.arange(n) % rows
+    if options.label is not None:
+        y = torch.full((n,), options.label)
+    return y, min(rows, n)
+
+
+def sampler_options(options, path):
+    """What the chosen sampler takes beside its usual arguments, randn apart."""
+    _, takes = SAMPLERS[options.sampler]
+    given = dict(path=path, sigma=options.sigma, noise=options.noise)
+    return {name: value for name, value in given.items() if name in takes and value is not None}
+
 
 @torch.no_grad()
 def main(argv=None):
-    a = parse(argv)
-    device, began, calls, panels = train.pick_device(a.device), time.time(), 0, []
-    file = a.ckpt or newest(lambda c: c["arch"] in train.LATENT, "unet.pt") or "weights/unet.pt"
-    net, config = train.load_checkpoint(file, device)
-    latent, by_classifier = config["latent"], a.guidance == "classifier"
-    if config["arch"] not in train.LATENT: raise BadInput(f"{file}: no sampler, a {config['arch']}")
-    if latent and by_classifier: raise BadInput(f"{file}: a latent model takes --guidance cfg only")
-    fits = lambda c: (c["arch"] == "classifier" and c["data"] == config["data"]
-                      and (c["path"] == config["path"] or not by_classifier))
-    judge_file, decode = newest(fits, "classifier.pt"), lambda x: x
-    judge = train.load_checkpoint(judge_file, device)[0] if judge_file else None
-    if by_classifier and not judge:
-        raise BadInput(f"no classifier for the data and path of {file}: train.py --arch classifier")
-    if latent:
-        vae, of_vae = train.load_checkpoint(latent["file"], device)
-        if of_vae != latent["vae"]: raise BadInput(f"{latent['file']}: {file} has another VAE")
-        decode = lambda x: vae.decode(x / latent["scale"])
-
-    def called(*inputs):            # the net, its calls counted
-        nonlocal calls
-        calls += 1
-        with train.autocast(device): return net(*inputs).float()
-
-    figure = a.n is None and a.label is None and a.out.endswith(".png")     # shows NULL as well
-    rows = NULL + figure            # a row a label: sample i stands in row i % rows
-    n = a.n or rows * (1 if a.trajectory else 10)
-    y = torch.arange(n, device=device) % rows if a.label is None else torch.full((n,), a.label)
-    y, rows = y.to(device), min(rows, n)
-    for w in a.w:
-        images, grid = generate(a, called, judge, config, w, y, decode)
+    options = parse(argv)
+    began = time.time()
+    device = pick_device(options.device)
+    model = Model(options.ckpt, device)
+    judge, judge_file = find_judge(model, guides=options.guidance == "classifier")
+    y, rows = labels_of(options)
+    y = y.to(device)
+    t0 = first_time(model, options.guidance)
+    panels = []
+    for w in options.w:
+        field = guided(model, judge, options.guidance, options.interval, w)
+        trajectory = Trajectory(options.steps, t0, model.to_images) if options.trajectory else None
+        watch = trajectory.watch if trajectory else ignore
+        images = []
+        for x in generate(field, y, model.shape(), options.seed, options.sampler, options.steps,
+                          sampler_options(options, model.path), t0, watch):
+            if not x.isfinite().all():
+                raise BadInput("the samples are not finite: try a smaller --w")
+            images.append(model.to_images(x))
+        images = torch.cat(images)
         if judge:
-            known = y != NULL
-            share = train.accuracy(judge, images[known, None], y[known])
-            spread = train.diversity(images[known], y[known]) / config["real_diversity"]
-            print(f"w = {w:g}: {100 * share:.1f} % read as their label by {judge_file}"
-                  + f", diversity {spread:.2f} of that of real digits" * (spread > 0))    # not nan
-        if grid is None:
-            grid = F.pad(images, (0, 0, 0, 0, 0, -n % rows)).view(-1, rows, 32, 32).transpose(0, 1)
-        times = ["".join(f"{k / 10:<4g}" for k in range(11))] if a.trajectory else []
-        panels.append(panel(grid.cpu().numpy(), f"w = {w:g}", *times))
-    np.savez_compressed(npz := io.BytesIO(), images=images.cpu().numpy(), labels=y.cpu().numpy())
-    png_wanted = a.out.endswith(".png")
-    train.write_whole(a.out, png(np.hstack(panels)) if png_wanted else npz.getvalue())
-    print(f"wrote {a.out}: {len(a.w) * n} samples of {file}, {a.steps} steps of {a.sampler}, "
-          f"{calls} network calls, {time.time() - began:.1f} s")
+            report(w, images, y, judge, judge_file, model.config["real_diversity"])
+        grid = trajectory.frames(images) if trajectory else by_label(images, rows)
+        panels.append(titled(w, grid, trajectory))
+    write(options.out, panels, images, y)
+    print(f"wrote {options.out}: {len(options.w) * len(y)} samples of {model.file}, "
+          f"{options.steps} steps of {options.sampler}, {model.calls} network calls, "
+          f"{time.time() - began:.1f} s")
 
-if __name__ == "__main__": sys.exit(train.command(main))
+
+if __name__ == "__main__":
+    sys.exit(run(main))

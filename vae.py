@@ -5,9 +5,11 @@
 import torch
 import torch.nn as nn
 
+
 def block(c_in, c_out):
     """A convolution that keeps the size: (B, c_in, H, W) -> (B, c_out, H, W)."""
     return nn.Sequential(nn.Conv2d(c_in, c_out, 3, padding=1), nn.GroupNorm(8, c_out), nn.SiLU())
+
 
 class VAE(nn.Module):
     """encode: x (B, 1, 32, 32) in [-1, 1] -> mean of the latent (B, 4, 8, 8); decode: back."""
@@ -15,33 +17,49 @@ class VAE(nn.Module):
     def __init__(self, c=32):
         super().__init__()
         self.encoder = nn.Sequential(
-            nn.Conv2d(1, c, 4, stride=2, padding=1), nn.SiLU(), block(c, c),    # (B, c, 16, 16)
-            nn.Conv2d(c, 2 * c, 4, stride=2, padding=1), nn.SiLU(), block(2 * c, 2 * c),
-            nn.Conv2d(2 * c, 2 * 4, 3, padding=1))      # (B, 8, 8, 8): mean and log variance
+            nn.Conv2d(1, c, 4, stride=2, padding=1),        # (B, c, 16, 16)
+            nn.SiLU(),
+            block(c, c),
+            nn.Conv2d(c, 2 * c, 4, stride=2, padding=1),    # (B, 2 c, 8, 8)
+            nn.SiLU(),
+            block(2 * c, 2 * c),
+            nn.Conv2d(2 * c, 2 * 4, 3, padding=1))          # (B, 8, 8, 8): mean and log variance
         self.decoder = nn.Sequential(
-            block(4, 2 * c), block(2 * c, 2 * c), nn.Conv2d(2 * c, 4 * c, 3, padding=1),
-            nn.PixelShuffle(2), block(c, c),            # (B, c, 16, 16)
-            nn.Conv2d(c, 4, 3, padding=1), nn.PixelShuffle(2))                  # (B, 1, 32, 32)
+            block(4, 2 * c),                                # (B, 2 c, 8, 8)
+            block(2 * c, 2 * c),
+            nn.Conv2d(2 * c, 4 * c, 3, padding=1),
+            nn.PixelShuffle(2),                             # (B, c, 16, 16)
+            block(c, c),
+            nn.Conv2d(c, 4, 3, padding=1),
+            nn.PixelShuffle(2))                             # (B, 1, 32, 32)
 
-    def encode(self, x): return self.encoder(x).chunk(2, dim=1)[0]
+    def encode(self, x):
+        mean, _ = self.encoder(x).chunk(2, dim=1)
+        return mean
 
-    def decode(self, latent): return self.decoder(latent)
+    def decode(self, latent):
+        return self.decoder(latent)
 
     def forward(self, x, eps):
         """Reconstruction from a draw mean + std eps of q(latent|x); the mean; the log variance."""
         mean, log_var = self.encoder(x).float().chunk(2, dim=1)
-        return self.decode(mean + (log_var / 2).exp() * eps), mean, log_var
+        std = (log_var / 2).exp()
+        return self.decode(mean + std * eps), mean, log_var
+
 
 def kl_to_normal(mean, log_var):
     """KL( N(mean, var) || N(0, I) ), (B, ...) -> (B,); Kingma & Welling 2014, appendix B."""
     return (mean**2 + log_var.exp() - 1 - log_var).flatten(1).sum(1) / 2
 
-def vae_loss(net, x, share=slice(None), std=0.1):
+
+def vae_loss(net, x, std=0.1):
     """-ELBO = E_q[-log p(x|latent)] + KL(q(latent|x) || p(latent)); 003_da10c6c8947a0fc6.txt.
+
     p(x|latent) = N(decode(latent), std^2 I). Without its constant, per pixel and times 2 std^2: the
-    squared error and a light KL, as in latent diffusion (Rombach et al. 2022, section 3.1)."""
+    squared error and a light KL, as in latent diffusion (Rombach et al. 2022, section 3.1).
+    """
     eps = torch.randn(len(x), 4, 8, 8, device=x.device)
-    x, eps = x[share], eps[share]
     recon, mean, log_var = net(x, eps)
     log_p = -(x - recon.float()).square().flatten(1).sum(1) / (2 * std**2)
-    return (kl_to_normal(mean, log_var) - log_p).mean() * 2 * std**2 / x[0].numel()
+    minus_elbo = (kl_to_normal(mean, log_var) - log_p).mean()
+    return minus_elbo * 2 * std**2 / x[0].numel()

@@ -21,12 +21,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import sample, train                                            # noqa: E402, E401
-from cfg_min import NULL, cfg_cfm_loss, logit_normal            # noqa: E402
+import checkpoint                                               # noqa: E402
+import mnist                                                    # noqa: E402
+import picture                                                  # noqa: E402
+from cfg_min import NULL, cfg_cfm_loss, guided_field, logit_normal      # noqa: E402
+from checkpoint import LATENT_OPTIONS, autocast                 # noqa: E402
+from command import write_whole                                 # noqa: E402
 from paths import CondOT                                        # noqa: E402
+from sample import generate                                     # noqa: E402
+from train import RECIPES, Optimizers                           # noqa: E402
 
-DEVICE = train.pick_device(None)
-NETS = {"unet": ("unet", {}), "dit": ("dit", {}), "latent dit": ("dit", train.LATENT["dit"])}
+DEVICE = checkpoint.pick_device(None)
+NETS = {"unet": ("unet", {}), "dit": ("dit", {}), "latent dit": ("dit", LATENT_OPTIONS["dit"])}
 
 
 def sync():
@@ -65,30 +71,30 @@ def batch_of(arch, options, batch):
     return z, torch.randint(0, NULL, (batch,), device=DEVICE)
 
 
-def our_step(net, optimizer, z, y):
+def our_step(net, optimizers, z, y):
     """A step of train.py without its data and averaging."""
-    with train.autocast(DEVICE): loss = cfg_cfm_loss(net, CondOT(), z, y, draw_t=logit_normal)
-    net.zero_grad(set_to_none=False)
+    with autocast(DEVICE):
+        loss = cfg_cfm_loss(net, CondOT(), z, y, draw_t=logit_normal)
     loss.backward()
-    for o in optimizer: o.step()
+    optimizers.step(1e-3)
 
 
 def rates():
     """Arithmetic rate of the machine, and how much of it training and sampling reach."""
     kinds = {"float32": torch.float32, "bf16": torch.bfloat16}
     rate = {k: matmul_rate(v) for k, v in kinds.items()}
-    used = "bf16" if train.autocast(DEVICE)._enabled else "float32"
+    used = "bf16" if autocast(DEVICE)._enabled else "float32"
     print(f"matrix product, 2048 x 2048, on {DEVICE}, {torch.get_num_threads()} threads: "
           + ", ".join(f"{k} {v / 1e9:.0f} GFLOP/s" for k, v in rate.items())
           + f"; networks use {used}")
     print("net          MFLOP/image  training images/s  share  sampling calls/s  share  in net")
     for name, (arch, options) in NETS.items():
         torch.manual_seed(0)
-        batch, net = train.RECIPES[arch][1], train.NETS[arch](**options).to(DEVICE)
+        batch, net = RECIPES[arch]["batch"], checkpoint.NETS[arch](**options).to(DEVICE)
         z, y = batch_of(arch, options, batch)
         t = torch.rand(batch, device=DEVICE)
         with FlopCounterMode(display=False) as counter: net(z, t, y)
-        flop, optimizer = counter.get_total_flops() / batch, train.make_optimizers(net)
+        flop, optimizer = counter.get_total_flops() / batch, Optimizers(net)
         per_s = batch / median_time(lambda: our_step(net, optimizer, z, y))
         inside = 0.0
 
@@ -96,16 +102,19 @@ def rates():
             nonlocal inside
             sync()
             began = time.perf_counter()
-            with train.autocast(DEVICE): out = net(*inputs).float()
+            with autocast(DEVICE): out = net(*inputs).float()
             sync()
             inside += time.perf_counter() - began
             return out
 
-        a = sample.parse("--w 3 --steps 10".split())
-        config = dict(path="condot", predict="u", latent=bool(options))
-        began, y = time.perf_counter(), torch.arange(200, device=DEVICE) % 10
-        decode = (lambda x: x[:, :1].repeat(1, 1, 4, 4)) if options else lambda x: x
-        with torch.no_grad(): sample.generate(a, timed, None, config, 3.0, y, decode)
+        def field(x, t, y):
+            return guided_field(timed, x, t, y, 3.0)
+
+        began = time.perf_counter()
+        y = torch.arange(200, device=DEVICE) % 10
+        with torch.no_grad():
+            for x in generate(field, y, z.shape[1:], 0, "euler", 10, {}):
+                mnist.to_bytes(x)
         total = time.perf_counter() - began
         calls_per_s = 200 * 2 * 10 / total                      # guided: two evaluations a step
         print(f"{name:12s} {flop / 1e6:11.0f} {per_s:18.0f} {3 * flop * per_s / rate[used]:6.0%} "
@@ -123,7 +132,7 @@ def features(classifier, images):
     kept = []
     hook = classifier.last.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
     with torch.no_grad():
-        reads = [classifier(train.to_unit(x), torch.ones(len(x), device=DEVICE)).argmax(1)
+        reads = [classifier(mnist.to_unit(x), torch.ones(len(x), device=DEVICE)).argmax(1)
                  for x in images[:, None].to(DEVICE).split(500)]
     hook.remove()
     return torch.cat(kept).double().cpu(), torch.cat(reads).cpu()
@@ -140,12 +149,12 @@ class Judge:
     """Accuracy, Frechet distance to the test digits over its floor, diversity, seconds."""
 
     def __init__(self, n):
-        self.n, (x, _, test, y) = n, train.load_data()
-        self.classifier, _ = train.load_checkpoint(ROOT / "weights/classifier.pt", DEVICE)
+        self.n, (x, _, test, y) = n, mnist.load()
+        self.classifier, _ = checkpoint.load(ROOT / "weights/classifier.pt", DEVICE)
         self.test, _ = features(self.classifier, test[:, 0])
         real, _ = features(self.classifier, x[:n, 0])           # as many real training digits
         self.floor = frechet(real, self.test)
-        self.real = train.diversity(test, y)
+        self.real = mnist.diversity(test, y)
 
     def __call__(self, ckpt, w, *options):
         with tempfile.TemporaryDirectory() as folder:
@@ -156,7 +165,7 @@ class Judge:
         f, reads = features(self.classifier, images)
         seconds = float(re.search(r"([\d.]+) s$", said.strip())[1])
         distance = (frechet(f, self.test) / self.floor).item()
-        diversity = train.diversity(images, labels) / self.real
+        diversity = mnist.diversity(images, labels) / self.real
         return 100 * (reads == labels).double().mean().item(), distance, diversity, seconds
 
 
@@ -179,7 +188,7 @@ def calls(n):
 
 def time_to_quality(n, budgets, seeds, arch="unet"):
     """Quality after so many seconds of training from nothing: --steps is set to what fits."""
-    judge, batch = Judge(n), train.RECIPES[arch][1]
+    judge, batch = Judge(n), RECIPES[arch]["batch"]
     print(f"\n--arch {arch}, {n} samples in 10 steps of Heun, medians of {seeds} seeds: "
           "% read right, Frechet distance over its floor, diversity\n"
           "seconds of training   steps    loss        w = 1              w = 1.25           w = 3")
@@ -226,10 +235,10 @@ def plot(curve, file, size=(240, 480)):
         picture[rows, columns] = picture[rows + 1, columns] = 255
         marks = [(f"{m[0]:.0f}", H - 15, int(c) - 10) for m, c in zip(curve, x)]
         for words, top, left in ((title, 5, 8), (f"{low:g}", H - 34, 4), *marks):
-            dots = sample.text(words)
+            dots = picture.text(words)
             picture[top:top + dots.shape[0], left:left + dots.shape[1]] |= dots[:, :W - left]
         panels.append(picture)
-    train.write_whole(file, sample.png(np.hstack(panels)))
+    write_whole(file, picture.png(np.hstack(panels)))
 
 
 def against(file):
@@ -237,8 +246,8 @@ def against(file):
     spec = importlib.util.spec_from_file_location("other", file)
     other = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(other)
-    ours, theirs = train.NETS["unet"]().to(DEVICE), other.make_net().to(DEVICE)
-    optimizer = train.make_optimizers(ours)
+    ours, theirs = checkpoint.NETS["unet"]().to(DEVICE), other.make_net().to(DEVICE)
+    optimizer = Optimizers(ours)
     their_optimizer = torch.optim.AdamW(theirs.parameters(), lr=1e-4)
     z, y = batch_of("unet", {}, 128)
     ratios = []

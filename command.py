@@ -1,0 +1,45 @@
+"""What both commands share: errors in one line, checked numbers, files written whole."""
+import argparse
+import os
+import sys
+from pathlib import Path
+
+
+class BadInput(ValueError):
+    """The user's input is wrong, and the text says what to do: one line on stderr, status 2."""
+
+
+def run(main):
+    """main()'s exit status; bad input or a refusing disk is one line and 2, Ctrl-C is 130."""
+    try:
+        return main()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        os._exit(1)                             # nobody reads stdout any more
+    except (BadInput, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        return 2
+
+
+def number(kind, low, high):
+    """An argparse type: a number of that kind in [low, high]."""
+    def check(string):
+        value = kind(string)
+        if low <= value <= high:
+            return value
+        raise argparse.ArgumentTypeError(f"{string} is not in [{low:g}, {high:g}]")
+    check.__name__ = kind.__name__              # for argparse's own message
+    return check
+
+
+def write_whole(path, data):
+    """Write bytes under a temporary name, then rename: path is whole or stays as it was."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

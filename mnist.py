@@ -1,0 +1,98 @@
+"""The digits: reading them, and measuring samples against them."""
+import gzip
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from command import BadInput
+
+FILE = Path(__file__).parent / "data/mnist.npz"
+KEYS = "x_train", "y_train", "x_test", "y_test"
+IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
+             "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+
+
+def read_idx(file):
+    """An IDX file of bytes, or its .gz: 0, 0, 8, the rank, big-endian sizes, data."""
+    if file.exists():
+        raw = file.read_bytes()
+    else:
+        raw = gzip.decompress(Path(f"{file}.gz").read_bytes())
+    if raw[:3] != b"\0\0\x08":
+        raise ValueError(f"{file.name} is no IDX file of bytes")
+    rank = raw[3]
+    shape = np.frombuffer(raw, ">u4", rank, offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+
+
+def read(path):
+    """The arrays of KEYS, from an .npz of them or a folder of MNIST's four IDX files."""
+    path = Path(path)
+    if path.is_dir():
+        return [read_idx(path / name) for name in IDX_FILES]
+    with np.load(path, allow_pickle=False) as npz:
+        return [npz[key] for key in KEYS]
+
+
+def are_digits(images, labels):
+    """Whether these are images (N, 28, 28) uint8 and labels (N,) in 0..9, N > 0."""
+    if images.dtype != np.uint8 or labels.dtype.kind not in "iu" or labels.ndim != 1:
+        return False
+    if len(labels) == 0 or images.shape != (len(labels), 28, 28):
+        return False
+    return labels.min() >= 0 and labels.max() <= 9
+
+
+def load(path=FILE):
+    """x_train, y_train, x_test, y_test: (N, 1, 32, 32) uint8, padded from 28x28; (N,) int64, 0..9.
+
+    From an .npz of arrays so named, or a folder of MNIST's four IDX files. Raises BadInput.
+    """
+    wanted = ("--data wants an .npz of x_train, y_train, x_test, y_test, or a folder of MNIST's four "
+              "IDX files: images (N, 28, 28) uint8, labels (N,) in 0..9 (10 is null), N > 0")
+    try:
+        arrays = read(path)
+    except Exception as error:                  # zip, zlib, gzip and numpy each raise their own
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise BadInput(f"{path}: {reason}; {wanted}") from None
+    out = []
+    for images, labels in (arrays[:2], arrays[2:]):
+        if not are_digits(images, labels):
+            found = f"{images.dtype} {images.shape} and {labels.dtype} {labels.shape}"
+            raise BadInput(f"{path}: has {found}; {wanted}")
+        padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))       # (N, 32, 32)
+        out.append(torch.from_numpy(padded)[:, None])           # (N, 1, 32, 32)
+        out.append(torch.from_numpy(labels.astype(np.int64)))
+    return out
+
+
+def to_unit(images):
+    """uint8 0 ... 255 -> float32 -1 ... 1."""
+    return images.float() / 127.5 - 1
+
+
+def to_bytes(x):
+    """float -1 ... 1 -> uint8 0 ... 255; what lies outside is clipped."""
+    return ((x + 1) * 127.5).round().clamp(0, 255).byte()
+
+
+# ---------------------------------------------------------------- measures
+
+@torch.no_grad()
+def accuracy(classifier, images, labels):
+    """The share of images (N, 1, 32, 32) uint8 that the noisy classifier reads right, at t = 1."""
+    reads = []
+    for x in images.split(500):
+        t = torch.ones(len(x)).to(x.device)
+        reads.append(classifier(to_unit(x), t).argmax(1))
+    return (torch.cat(reads) == labels).float().mean().item()
+
+
+def diversity(images, labels):
+    """Mean distance of two images of a class, averaged over classes; of each, its first 1000."""
+    means = []
+    for label in labels.unique():
+        flat = images[labels == label][:1000].flatten(1).float()
+        means.append(torch.pdist(flat).mean())
+    return torch.stack(means).nanmean().item()
