@@ -3,9 +3,9 @@
 Copy this file: it works alone. A path (paths.py, or yours) is an argument. "Lecture 4" is
 000_9a64053bb9e2e45b.txt; paths.py introduces x, z, eps, u and the score.
 
-The idea: draw images of class y, and more decidedly so than the data are. One network u_t(x|y)
-learns to be conditional and unconditional at once: while it trains, y becomes NULL with probability
-eta, so that u_t(x|NULL) is u_t(x). The guided field then goes from one through the other and beyond,
+The aim: images of class y, and more decidedly so than the data are. One network u_t(x|y) learns to
+be conditional and unconditional at once: while it trains, y becomes NULL with probability eta, so
+that u_t(x|NULL) is u_t(x). The guided field goes from the one through the other and beyond:
 
     (1 - w) u_t(x|NULL) + w u_t(x|y)        w is the guidance scale: 0 unconditional,
                                             1 conditional, > 1 guided.
@@ -29,10 +29,14 @@ def drop_labels(y, eta):
     return torch.where(dropped, NULL, y)
 
 
-def cfg_cfm_loss(net, path, z, y, eta=0.1, draw_t=torch.rand):
-    """L_CFM^CFG = E || u_theta(x|y) - u_t(x|z) ||^2, mean over pixels; Lecture 4, "Training"."""
+def cfg_cfm_loss(net, path, z, y, eta=0.1, t=None):
+    """L_CFM^CFG = E || u_theta(x|y) - u_t(x|z) ||^2, mean over pixels; Lecture 4, "Training".
+
+    net(x, t, y) -> u. t: (B,), drawn as one likes, or None for the lecture's U[0, 1).
+    """
     y = drop_labels(y, eta)                     # with probability eta, y <- null
-    t = draw_t(len(z), device=z.device)         # t ~ U[0, 1)
+    if t is None:
+        t = torch.rand(len(z), device=z.device)
     eps = torch.randn_like(z)
     x = path.sample(z, eps, t)                  # x ~ p_t(x|z)
     return F.mse_loss(net(x, t, y), path.target(z, eps, t))
@@ -41,7 +45,8 @@ def cfg_cfm_loss(net, path, z, y, eta=0.1, draw_t=torch.rand):
 def cfg_dsm_loss(net, path, z, y, eta=0.1):
     """E || eps_theta(x|y) - eps ||^2: DDPM's L_simple (003_da10c6c8947a0fc6.txt), labels dropped.
 
-    As score = -eps / beta_t, it is L_DSM^CFG (002_49842480371d0be4.txt) times beta_t^2.
+    net(x, t, y) -> eps. As score = -eps / beta_t, it is L_DSM^CFG (002_49842480371d0be4.txt) times
+    beta_t^2.
     """
     y = drop_labels(y, eta)
     t = torch.rand(len(z), device=z.device)
@@ -52,30 +57,45 @@ def cfg_dsm_loss(net, path, z, y, eta=0.1):
 
 def classifier_loss(classifier, path, z, y):
     """-E log p_theta(y|x_t), for "noised samples" x_t; 003_da10c6c8947a0fc6.txt."""
-    y = drop_labels(y, 0.0)
     t = torch.rand(len(z), device=z.device)
     x = path.sample(z, torch.randn_like(z), t)
     return F.cross_entropy(classifier(x, t), y)
 
 
-def logit_normal(n, device=None, mean=-1.0):
-    """t with logit(t) ~ N(mean, 1): often where the label is decided; Esser et al. 2024, 3.1."""
-    return (mean + torch.randn(n, device=device)).sigmoid()
+def logit_normal(n, mean, std, device=None):
+    """n times t with logit(t) ~ N(mean, std^2): dense around one time; Esser et al. 2024, 3.1."""
+    return (mean + std * torch.randn(n, device=device)).sigmoid()
 
 
-def u_from_eps(net, path, limit):
-    """A network that predicts eps, as a vector field: net(x, t, y) -> u.
+# ---------------------------------------------------------------- what a network predicts
+#
+# u, or eps, or z: paths.py turns each into u, so the choice is free. An error of the network is an
+# error of u, alpha'/alpha times as large for eps and D/beta times as large for z.
+# Data end at +-limit, and so does E[z|x]: a prediction of z is held there, as Ho et al. 2020 do.
 
-    An error of eps is an error of z, beta/alpha times as large, so z is held in [-limit, limit], as
-    Ho et al. 2020 do, where the data end.
+def u_from_z(net, path, limit, last_t=0.999):
+    """A network that predicts z, as a vector field net(x, t, y) -> u = (D z + beta' x) / beta.
+
+    After last_t, where beta goes to 0, the time stands still: a solver may ask at t = 1.
     """
     def field(x, t, y):
-        u = path.eps_to_u(net(x, t, y), x, t)
-        z = path.u_to_data(u, x, t).clamp(-limit, limit)
-        alpha, beta, _, _ = path.at(t, x)
-        eps = (x - alpha * z) / beta
-        return path.target(z, eps, t)
+        z = net(x, t, y).clamp(-limit, limit)
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
+        return path.data_to_u(z, x, t.clamp(max=last_t))
     return field
+
+
+def u_from_eps(net, path, limit, first_t=0.001):
+    """A network that predicts eps, as a vector field net(x, t, y) -> u, by the z that it implies.
+
+    Before first_t, where alpha goes to 0 and eps says nothing of z, the time stands still.
+    """
+    def implied_z(x, t, y):
+        eps = net(x, t, y)
+        t = torch.as_tensor(t, dtype=x.dtype, device=x.device).clamp(min=first_t)
+        u = path.eps_to_u(eps, x, t)
+        return path.u_to_data(u, x, t)
+    return u_from_z(implied_z, path, limit)
 
 
 # ---------------------------------------------------------------- guidance
@@ -83,7 +103,7 @@ def u_from_eps(net, path, limit):
 def guide(cond, uncond, w):
     """Classifier-free guidance: (1 - w) u_t(x|null) + w u_t(x|y).
 
-    Any two predictions of one kind (u, score, eps or z), same shape; w = 1 is cond, w = 0 is uncond.
+    Any two predictions of one kind (u, score, eps or z), same shape; w = 1 is cond, w = 0 uncond.
     Lecture 4, "Classifier-free guidance"; Ho & Salimans 2022, eq. 6, whose w is ours minus 1.
     """
     return uncond + w * (cond - uncond)
@@ -103,9 +123,9 @@ def guided_field(net, x, t, y, w):
 
 
 def classifier_guided_field(net, classifier, path, x, t, y, w):
-    """u_t(x|null) + w b_t grad log p_t(y|x), for alpha_t > 0; Lecture 4, "guidance with classifier".
+    """u_t(x|null) + w b_t grad log p_t(y|x); Lecture 4, "guidance with classifier".
 
-    classifier(x, t) -> logits (B, 10) of p_t(y|x). Where y is NULL, nothing is added.
+    classifier(x, t) -> logits (B, 10) of p_t(y|x); alpha_t > 0. Where y is NULL, nothing is added.
     """
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
     with torch.enable_grad():

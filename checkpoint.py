@@ -3,13 +3,14 @@
 A checkpoint is a dict: config (all that its run depends on, as train.py lists it), step, weights
 (the averaged ones) and, until the last step, what --resume needs: net, optimizers.
 """
+import contextlib
 import io
 import os
 from pathlib import Path
 
 import torch
 
-from cfg_min import u_from_eps
+from cfg_min import u_from_eps, u_from_z
 from command import BadInput, write_whole
 from dit import DiT
 from paths import PATHS
@@ -20,7 +21,7 @@ HERE = Path(__file__).parent
 NETS = {"unet": UNet, "dit": DiT, "vae": VAE, "classifier": NoisyClassifier}
 FIELDS = "unet", "dit"                          # the networks that can be sampled from
 KEYS = {"config", "step", "weights"}
-CONFIG_KEYS = {"arch", "net", "path", "predict", "latent", "data", "real_diversity"}
+CONFIG_KEYS = {"arch", "net", "path", "predict", "latent", "checksum", "real_diversity"}
 
 PIXELS_SHAPE = 1, 32, 32
 LATENT_SHAPE = 4, 8, 8
@@ -74,10 +75,20 @@ def load(file, device="cpu"):
     except (KeyError, TypeError, RuntimeError):     # of another network
         raise not_a_checkpoint(file) from None
     net.eval().requires_grad_(False)
-    if config["predict"] == "eps" and config["arch"] in FIELDS:
-        limit = 4.0 if config["latent"] else 1.0    # latents have variance 1, pixels end at 1
-        net = u_from_eps(net, PATHS[config["path"]], limit)
+    if config["arch"] in FIELDS:
+        net = vector_field(net, config)
     return net, config
+
+
+def vector_field(net, config):
+    """net(x, t, y) -> u of a network that predicts what config says: u, eps or z."""
+    path = PATHS[config["path"]]
+    limit = 4.0 if config["latent"] else 1.0        # pixels end at 1; latents have variance 1
+    if config["predict"] == "z":
+        return u_from_z(net, path, limit)
+    if config["predict"] == "eps":
+        return u_from_eps(net, path, limit)
+    return net
 
 
 def pick_device(name):
@@ -96,4 +107,6 @@ def autocast(device):
     fast = device.type == "cuda"
     if device.type == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported()
-    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+    if fast:
+        return torch.autocast(device.type, torch.bfloat16)
+    return contextlib.nullcontext()

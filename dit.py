@@ -44,6 +44,14 @@ def modulate(x, shift, scale):
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+def attend(q, k, v):
+    """softmax(q k^T / sqrt(D/heads)) v, each (B, heads, N, D/heads); Vaswani et al. 2017, eq. 1."""
+    if q.device.type != "cpu":
+        return F.scaled_dot_product_attention(q, k, v)
+    with torch.autocast("cpu", enabled=False):              # in bf16 it is slow on CPUs
+        return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+
+
 class Block(nn.Module):
     """x + gate attention(adaLN(x)), then x + gate mlp(adaLN(x)); the gates start at 0."""
 
@@ -59,8 +67,7 @@ class Block(nn.Module):
         qkv = self.qkv(x)                       # (B, N, 3 D)
         qkv = qkv.unflatten(2, (3, self.heads, -1))         # (B, N, 3, heads, D/heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)    # (B, heads, N, D/heads) each
-        with torch.autocast(x.device.type, enabled=False):  # in bf16 it is slow on CPUs
-            x = F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+        x = attend(q, k, v)
         x = x.transpose(1, 2).flatten(2)        # (B, N, heads, D/heads) -> (B, N, D)
         return self.out(x)
 
@@ -71,7 +78,7 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """net(x, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..9 or NULL = 10 -> as x."""
+    """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0..9 or NULL."""
 
     def __init__(self, size=32, in_channels=1, patch=4, width=128, depth=5, heads=2):
         super().__init__()
@@ -86,7 +93,7 @@ class DiT(nn.Module):
         self.modulation = zero(nn.Linear(width, 2 * width))
 
     def forward(self, x, t, y):
-        e = F.silu(self.time(time_features(t)) + self.label(y))     # (B, D)
+        e = F.silu(self.time(time_features(t, x)) + self.label(y))     # (B, D)
         h = self.embed(patchify(x, self.patch)) + self.positions    # (B, N, D)
         for block in self.blocks:
             h = block(h, e)

@@ -49,8 +49,8 @@ def load(path=FILE):
 
     From an .npz of arrays so named, or a folder of MNIST's four IDX files. Raises BadInput.
     """
-    wanted = ("--data wants an .npz of x_train, y_train, x_test, y_test, or a folder of MNIST's four "
-              "IDX files: images (N, 28, 28) uint8, labels (N,) in 0..9 (10 is null), N > 0")
+    wanted = ("--data wants an .npz of x_train, y_train, x_test, y_test, or a folder of MNIST's "
+              "four IDX files: images (N, 28, 28) uint8, labels (N,) in 0..9 (10 is null), N > 0")
     try:
         arrays = read(path)
     except Exception as error:                  # zip, zlib, gzip and numpy each raise their own

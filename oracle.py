@@ -129,7 +129,7 @@ def tilted_moments(mixture, y, w):
 
 
 def best_mixture_moments(mean):
-    """Of all mixtures of p(.|y = 1), mean 1, and p, mean 0 and variance 1.25: the nearest in mean."""
+    """Mean and std of the mixture of p(.|y), mean 1, and p, mean 0, that is nearest to a mean."""
     share = min(max(mean, 0), 1)                # of p(.|y); both have E[x^2] = 1.25
     return share, math.sqrt(1.25 - share**2)
 

@@ -32,7 +32,7 @@ class GaussianPath:
     """What all paths share. A path itself is four functions of t: alpha, beta, d_alpha, d_beta."""
 
     def at(self, t, x):
-        """alpha, beta, alpha' and beta' at t, each (B, 1, ..., 1): over the batch, never the width."""
+        """alpha, beta, alpha', beta' at t, (B, 1, ..., 1): over the batch, never over the width."""
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
         t = t.view(-1, *[1] * (x.ndim - 1))     # (B,) -> (B, 1, ..., 1)
         return self.alpha(t), self.beta(t), self.d_alpha(t), self.d_beta(t)
@@ -71,6 +71,11 @@ class GaussianPath:
         """u = (alpha' x - D eps) / alpha; 0/0 at alpha = 0, where eps = x whatever z is."""
         alpha, _, d_alpha, _ = self.at(t, x)
         return (d_alpha * x - self.determinant(t, x) * eps) / alpha
+
+    def data_to_u(self, z, x, t):
+        """u = (D z + beta' x) / beta, on CondOT (z - x) / (1 - t); 0/0 at t = 1, where x = z."""
+        _, beta, _, d_beta = self.at(t, x)
+        return (self.determinant(t, x) * z + d_beta * x) / beta
 
     def a_b(self, t, x):
         """a = alpha'/alpha and b = (alpha' beta^2 - beta' beta alpha)/alpha; Lecture 4, FACT."""

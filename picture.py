@@ -4,23 +4,40 @@ import zlib
 
 import numpy as np
 
-FONT = {        # 3 x 5 dots a character: an octal digit a row, its bits the dots
-    "0": 0o75557, "1": 0o26227, "2": 0o71747, "3": 0o71717, "4": 0o55711, "5": 0o74717,
-    "6": 0o74757, "7": 0o71122, "8": 0o75757, "9": 0o75717, ".": 0o00002, "-": 0o00700,
-    "+": 0o02720, "e": 0o07747, "=": 0o07070, "w": 0o05577, "t": 0o27222, " ": 0o00000,
+FONT = {        # rows of dots, from the top; every character is 5 dots high
+    "0": "### #.# #.# #.# ###",
+    "1": ".#. ##. .#. .#. ###",
+    "2": "### ..# ### #.. ###",
+    "3": "### ..# ### ..# ###",
+    "4": "#.# #.# ### ..# ..#",
+    "5": "### #.. ### ..# ###",
+    "6": "### #.. ### #.# ###",
+    "7": "### ..# ..# .#. .#.",
+    "8": "### #.# ### #.# ###",
+    "9": "### #.# ### ..# ###",
+    ".": "... ... ... ... .#.",
+    "-": "... ... ### ... ...",
+    "+": "... .#. ### .#. ...",
+    "=": "... ### ... ### ...",
+    "e": ".## #.# ### #.. .##",
+    "t": ".#. ### .#. .#. .##",
+    "w": "#...# #...# #.#.# #.#.# .#.#.",
+    " ": "... ... ... ... ...",
 }
 DOT = 2         # pixels a dot is wide
+LINE = 16       # pixels a line of text is high
+MARGIN = 4      # pixels to its left
 
 
 def character(c):
-    """The dots of a character, a row and a column of space included: (5, 4) of 0 and 1."""
-    rows = [int(digit) for digit in f"{FONT[c]:05o}"]
-    return [[row >> 2 & 1, row >> 1 & 1, row & 1, 0] for row in rows]
+    """The dots of a character and a column of space: (5, width + 1) of 0 and 1."""
+    rows = FONT[c].split()
+    return np.array([[dot == "#" for dot in row + "."] for row in rows])
 
 
 def text(string):
-    """string in white dots: (10, 8 len(string)) uint8."""
-    dots = np.hstack([character(c) for c in string])        # (5, 4 len(string))
+    """string in white dots, (10, W) uint8; most characters are 8 pixels wide."""
+    dots = np.hstack([character(c) for c in string])
     return np.kron(dots, np.full((DOT, DOT), 255)).astype(np.uint8)
 
 
@@ -39,11 +56,12 @@ def png(grey):
 def panel(grid, *titles):
     """Images (R, C, 32, 32) uint8 under titles, in a frame; an image is as wide as 4 characters."""
     R, C = grid.shape[:2]
-    head = 16 * len(titles)
-    width = max(32 * C, 8 * len(titles[0]))
+    lines = [text(title) for title in titles]
+    head = LINE * len(lines)
+    width = max([32 * C, *(MARGIN + line.shape[1] for line in lines)])
     picture = np.zeros((head + 32 * R, width), np.uint8)
     picture[head:, :32 * C] = grid.transpose(0, 2, 1, 3).reshape(32 * R, 32 * C)
-    for k, words in enumerate(titles):
-        top = 16 * k + 3
-        picture[top:top + 10, :8 * len(words)] = text(words)
+    for k, line in enumerate(lines):
+        top = LINE * k + 3
+        picture[top:top + line.shape[0], MARGIN:MARGIN + line.shape[1]] = line
     return np.pad(picture, 4, constant_values=96)

@@ -45,8 +45,8 @@ def noise_of(seed, ids, shape):
 def generate(field, y, shape, seed, sampler, steps, options, t0=0.0, watch=ignore):
     """Samples, chunk by chunk: yields x at t = 1, (B, *shape), for the next B of the labels y (N,).
 
-    field(x, t, y) -> u. options: what the sampler takes beside its usual arguments. Sample i is made
-    of random numbers of (seed, i) alone: N and CHUNK do not change it.
+    field(x, t, y) -> u. options: what the sampler takes beside its usual arguments. Sample i is
+    made of random numbers of (seed, i) alone: N and CHUNK do not change it.
     """
     simulate, takes = SAMPLERS[sampler]
     for ids in torch.arange(len(y)).split(CHUNK):
@@ -142,7 +142,7 @@ def find_judge(model, guides):
         raise BadInput(f"{model.file}: a latent model takes --guidance cfg only")
 
     def fits(config):
-        if config["arch"] != "classifier" or config["data"] != model.config["data"]:
+        if config["arch"] != "classifier" or config["checksum"] != model.config["checksum"]:
             return False
         return config["path"] == model.config["path"] or not guides
 
@@ -168,9 +168,8 @@ def guided(model, judge, guidance, interval, w):
 
 
 def first_time(model, guidance):
-    """t0: 0.01 where the field divides by alpha, and alpha is 0 at t = 0."""
-    divides = model.config["predict"] == "eps" or guidance == "classifier"
-    if divides and model.path.alpha(torch.zeros(1)) == 0:
+    """t0: 0.01 where classifier guidance divides by alpha, and alpha is 0 at t = 0."""
+    if guidance == "classifier" and model.path.alpha(torch.zeros(1)) == 0:
         return 0.01
     return 0.0
 

@@ -6,7 +6,6 @@ import signal
 import sys
 import time
 import zlib
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +15,7 @@ import torch.distributed as dist
 import checkpoint
 import mnist
 from cfg_min import cfg_cfm_loss, cfg_dsm_loss, classifier_loss, logit_normal
-from checkpoint import LATENT_OPTIONS, NETS, autocast, pick_device
+from checkpoint import LATENT_OPTIONS, NETS, autocast, pick_device, vector_field
 from command import BadInput, number, run
 from paths import PATHS
 from vae import vae_loss
@@ -26,6 +25,12 @@ RECIPES = {                                     # the defaults of --steps, --bat
     "dit": dict(steps=2800, batch=64, lr=8e-3),
     "vae": dict(steps=2000, batch=128, lr=4e-3),
     "classifier": dict(steps=1800, batch=128, lr=4e-3),
+}
+
+TIMES = {                                       # mean and std of logit(t): where a step looks
+    "z": (-0.8, 0.8),                           # Li & He 2025
+    "u": (-1.0, 1.0),
+    "latent": (0.0, 1.0),                       # the label is decided later there
 }
 
 
@@ -54,10 +59,9 @@ def loss_of(config, net, z, y):
         return classifier_loss(net, path, z, y)
     if config["predict"] == "eps":
         return cfg_dsm_loss(net, path, z, y, config["eta"])
-    draw_t = logit_normal
-    if config["latent"]:
-        draw_t = partial(logit_normal, mean=0.0)            # the label is decided later there
-    return cfg_cfm_loss(net, path, z, y, config["eta"], draw_t)
+    mean, std = TIMES["latent" if config["latent"] else config["predict"]]
+    t = logit_normal(len(z), mean, std, z.device)
+    return cfg_cfm_loss(vector_field(net, config), path, z, y, config["eta"], t)
 
 
 def learning_rate(config, step):
@@ -304,7 +308,8 @@ def parse(argv=None):
     add("--seed", type=number(int, 0, 2**32), default=0)
     add("--data", default=mnist.FILE, help=".npz, or a folder of IDX files")
     add("--path", choices=PATHS, default="condot", help="probability path (condot)")
-    add("--predict", choices=("u", "eps"), default="u", help="CFM loss (u) or DSM loss")
+    add("--predict", choices=("z", "u", "eps"), default="z",
+        help="what the network's output is (z); z and u learn by the CFM loss, eps by DSM")
     add("--latent", metavar="VAE.pt", help="train in this autoencoder's latent space")
     add("--out", metavar="FILE.pt", help="runs/<arch>.pt or runs/latent_<arch>.pt")
     add("--resume", action="store_true", help="go on from --out")
@@ -335,7 +340,7 @@ def main(argv=None):
     config = {name: getattr(options, name) for name in settings}
     config["net"] = {}
     config["latent"] = None
-    config["data"] = zlib.crc32(y_train.cpu().numpy(), zlib.crc32(x_train.cpu().numpy()))
+    config["checksum"] = zlib.crc32(y_train.cpu().numpy(), zlib.crc32(x_train.cpu().numpy()))
     config["real_diversity"] = mnist.diversity(x_test, y_test)
     images = x_train
     if options.latent:

@@ -15,10 +15,14 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 
-def time_features(t, dim=128):
-    """Cosines and sines of t in [0, 1] at frequencies from 1 to 1000: (B,) -> (B, dim)."""
-    frequencies = torch.exp(torch.linspace(0, math.log(1000), dim // 2, device=t.device))
-    angles = t[:, None].float() * frequencies   # (B, dim/2)
+def time_features(t, x, dim=128):
+    """Cosines and sines of t at frequencies from 1 to 1000, for each of the batch x: (B, dim).
+
+    t in [0, 1]: (B,), or one number for the batch, as ODE solvers have it.
+    """
+    t = torch.as_tensor(t, dtype=torch.float32, device=x.device).expand(len(x))
+    frequencies = torch.exp(torch.linspace(0, math.log(1000), dim // 2, device=x.device))
+    angles = t[:, None] * frequencies           # (B, dim/2)
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
@@ -88,7 +92,7 @@ class Encoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """net(x, t, y): x (B, C, H, W), t (B,) in [0, 1], y (B,) in 0..9 or NULL = 10 -> as x.
+    """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0..9 or NULL = 10.
 
     stride is that of the first convolution: most of the work is done on H/stride x W/stride places,
     and the last convolution writes stride x stride pixels for each of them.
@@ -107,7 +111,7 @@ class UNet(nn.Module):
         self.last = zero(nn.Conv2d(channels[0], in_channels * stride**2, 3, padding=1))
 
     def forward(self, x, t, y):
-        e = F.silu(self.time(time_features(t)) + self.label(y))     # (B, E)
+        e = F.silu(self.time(time_features(t, x)) + self.label(y))     # (B, E)
         *skips, h = self.encoder(x, e)          # (B, 32, 16, 16), (B, 64, 8, 8); (B, 128, 4, 4)
         for up, decoder in zip(self.ups, self.decoders):
             h = up(F.interpolate(h, scale_factor=2))        # twice the size, fewer channels
@@ -126,8 +130,8 @@ class NoisyClassifier(nn.Module):
         self.norm = nn.GroupNorm(8, channels[-1])
         self.last = nn.Linear(channels[-1], 10)
 
-    def forward(self, x, t):                    # (B, C, H, W), (B,) -> (B, 10)
-        e = F.silu(self.time(time_features(t)))             # (B, E)
+    def forward(self, x, t):                    # (B, C, H, W), (B,) or a number -> (B, 10)
+        e = F.silu(self.time(time_features(t, x)))             # (B, E)
         h = self.encoder(x, e)[-1]              # (B, 64, 4, 4)
         h = F.silu(self.norm(h)).mean(dim=(2, 3))           # (B, 64)
         return self.last(h)
