@@ -1,0 +1,139 @@
+"""Quality tables of the README: `python benchmarks/quality.py calls|predict|time|weights`.
+
+calls:   against network calls, for each sampler: the shipped U-Net at w = 1
+predict: what a network should predict: u, eps or z, each after the default run
+time:    after so many seconds of training from nothing, medians over seeds
+weights: the shipped networks
+The measures are those of measures.py. All samples and networks come from the two commands.
+"""
+import argparse
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from measures import Measures, read_samples, show, show_names
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script, *options):
+    """Run a command of the project; returns what it printed."""
+    command = [sys.executable, ROOT / script, *map(str, options)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{script} {options}: {done.stderr}")
+    return done.stdout
+
+
+def sampled(folder, ckpt, w, n, *options):
+    """images, labels and seconds of n samples."""
+    out = Path(folder) / "samples.npz"
+    began = time.perf_counter()
+    run("sample.py", "--ckpt", ckpt, "--w", w, "--n", n, "--out", out, *options)
+    seconds = time.perf_counter() - began
+    images, labels = read_samples(out)
+    return images, labels, seconds
+
+
+def show_real(measures, labels, **slow):
+    """The head of a table: the measures' names, and what they say of real digits."""
+    row = measures(measures.real_digits(labels), labels, **slow)
+    show_names(row)
+    show(f"{len(labels)} real digits", row)
+
+
+def calls(folder, measures, n):
+    """Quality against network calls. A step of Heun is two calls."""
+    for sampler in ("euler", "heun", "em"):
+        for budget in (5, 10, 20, 50, 100, 200):
+            steps = (budget + 1) // 2 if sampler == "heun" else budget
+            options = "--sampler", sampler, "--steps", steps
+            images, labels, seconds = sampled(folder, "weights/unet.pt", 1, n, *options)
+            if sampler == "euler" and budget == 5:
+                show_real(measures, labels)
+            show(f"{sampler}, {budget} calls, {seconds:.0f} s", measures(images, labels))
+
+
+def predict(folder, measures, n):
+    """What a network should predict: u, eps or z, on CondOT, after the default run."""
+    for k, kind in enumerate(("u", "eps", "z")):
+        out = Path(folder) / f"{kind}.pt"
+        run("train.py", "--arch", "unet", "--predict", kind, "--out", out)
+        for w in (1, 3):
+            images, labels, _ = sampled(folder, out, w, n)
+            if k == 0 and w == 1:
+                show_real(measures, labels, shape=True)
+            show(f"{kind}, w = {w}", measures(images, labels, shape=True))
+
+
+def weights(folder, measures, n):
+    """The shipped networks."""
+    for k, name in enumerate(("unet", "dit", "latent_dit")):
+        for w in (1, 3):
+            images, labels, _ = sampled(folder, ROOT / f"weights/{name}.pt", w, n)
+            if k == 0 and w == 1:
+                show_real(measures, labels, shape=True)
+            show(f"{name}, w = {w}", measures(images, labels, shape=True))
+
+
+def steps_in(budget, rate, batch):
+    """--steps that fit into so many seconds at this many images/s."""
+    return max(100, int(budget * rate / batch))
+
+
+def trained(out, steps, seed):
+    """Seconds, start-up included, of a training run; its last printed loss."""
+    began = time.perf_counter()
+    said = run("train.py", "--arch", "unet", "--steps", steps, "--seed", seed, "--out", out)
+    loss = float(re.findall(r"loss ([\d.]+)", said)[-1])
+    return time.perf_counter() - began, loss
+
+
+def time_to_quality(folder, measures, n, budgets, seeds, batch=128):
+    """After each budget of seconds, for w = 1: rows of each seed, and their medians."""
+    out = Path(folder) / "a.pt"
+    seconds, _ = trained(out, 60, 0)
+    rate = 60 * batch / seconds
+    for budget in budgets:
+        rows = []
+        for seed in range(seeds):
+            steps = steps_in(budget, rate, batch)
+            seconds, loss = trained(out, steps, seed)
+            rate = steps * batch / seconds
+            images, labels, _ = sampled(folder, out, 1, n)
+            row = measures(images, labels)
+            guided, guided_labels, _ = sampled(folder, out, 3, 1000)
+            row["w=3 read"] = measures(guided, guided_labels, apart=False)["read"]
+            row["loss"] = loss
+            row["seconds"] = seconds
+            if not rows:
+                show_names(row)
+            show(f"seed {seed}, {steps} steps", row)
+            rows.append(row)
+        medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
+        show(f"median, {budget} s", medians)
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("part", choices=("calls", "predict", "time", "weights"))
+    p.add_argument("--n", type=int, default=1000, help="samples a measurement (1000)")
+    p.add_argument("--seconds", type=int, nargs="+", default=(60, 300), help="of time")
+    p.add_argument("--seeds", type=int, default=3, help="of time")
+    options = p.parse_args()
+    measures = Measures()
+    with tempfile.TemporaryDirectory() as folder:
+        if options.part == "time":
+            time_to_quality(folder, measures, options.n, options.seconds, options.seeds)
+        else:
+            table = {"calls": calls, "predict": predict, "weights": weights}[options.part]
+            table(folder, measures, options.n)
+
+
+if __name__ == "__main__":
+    main()
