@@ -69,9 +69,9 @@ def logit_normal(n, mean, std, device=None):
 
 # ---------------------------------------------------------------- what a network predicts
 #
-# u, or eps, or z: paths.py turns each into u, so the choice is free. An error of the network is an
-# error of u, alpha'/alpha times as large for eps and D/beta times as large for z.
-# Data end at +-limit, and so does E[z|x]: a prediction of z is held there, as Ho et al. 2020 do.
+# u, or eps, or z: paths.py turns each into u, so the choice is free. An error of eps becomes one of
+# u, D/alpha times as large: much while t is small; an error of z, D/beta times: much near t = 1.
+# Data lie within +-limit, and so does E[z|x]: z is held there, as Ho et al. 2020 hold it.
 
 def u_from_z(net, path, limit, last_t=0.999):
     """A network that predicts z, as a vector field net(x, t, y) -> u = (D z + beta' x) / beta.

@@ -159,8 +159,10 @@ class Progress:
         self.total = self.total + loss
         self.done += 1
 
-    def is_finite(self):
-        return bool(torch.as_tensor(self.total).isfinite())
+    def check(self, out):
+        """Raise BadInput if a loss since the last line was not finite."""
+        if not torch.as_tensor(self.total).isfinite():
+            raise BadInput(f"loss not finite at step {self.done}: lower --lr; {out} is kept")
 
     def show(self, last):
         """Print the line if it is time, and always after the last step."""
@@ -191,8 +193,19 @@ class Interrupt:
         self.asked = True
 
 
+def announce(config, net, n, start, out):
+    """Say what is about to be trained, on how much, and where it goes."""
+    device = next(net.parameters()).device
+    parameters = sum(p.numel() for p in net.parameters())
+    say(f"{config['arch']} on {device}: {parameters:,} parameters, {n:,} images, "
+        f"steps {start} to {config['steps']} of {config['batch']}, to {out}")
+
+
 def save(out, config, step, net, average, optimizers):
     """Write the checkpoint after `step` steps; the last one has only what sampling needs."""
+    rank, _ = processes()
+    if rank > 0:
+        return
     contents = dict(config=config, step=step, weights=average.state_dict())
     if step < config["steps"]:
         contents["net"] = net.state_dict()
@@ -200,9 +213,9 @@ def save(out, config, step, net, average, optimizers):
     checkpoint.save(out, contents)
 
 
-def restore(out, config, net, average, optimizers, device):
+def restore(out, config, net, average, optimizers):
     """Load a checkpoint of this very run into all three; returns its step. Raises BadInput."""
-    saved = checkpoint.read(out, device)
+    saved = checkpoint.read(out, next(net.parameters()).device)
     changed = [key for key in config if saved["config"].get(key) != config[key]]
     if changed:
         raise BadInput(f"{out} has another {', '.join(changed)}: choose another --out")
@@ -213,6 +226,16 @@ def restore(out, config, net, average, optimizers, device):
     return saved["step"]
 
 
+def share_gradients(net):
+    """The net as every process trains it: with gradients averaged over all processes."""
+    _, world = processes()
+    if world == 1:
+        return net
+    device = next(net.parameters()).device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return torch.nn.parallel.DistributedDataParallel(net)
+
+
 def train(config, images, labels, out, save_every, resume):
     """One run, from the beginning or, to resume, from the step that out has.
 
@@ -220,43 +243,34 @@ def train(config, images, labels, out, save_every, resume):
     None where nothing was left to do.
     """
     rank, world = processes()
-    device = images.device
+    steps = config["steps"]
     torch.manual_seed(config["seed"])
-    net = NETS[config["arch"]](**config["net"]).to(device)
+    net = NETS[config["arch"]](**config["net"]).to(images.device)
     average = copy.deepcopy(net).requires_grad_(False)
     optimizers = Optimizers(net)
-    start = 0
-    if resume:
-        start = restore(out, config, net, average, optimizers, device)
-    if start == config["steps"]:
+    start = restore(out, config, net, average, optimizers) if resume else 0
+    if start == steps:
         say(f"{out} is finished: {start} steps are done")
         return None
-    model = net
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        model = torch.nn.parallel.DistributedDataParallel(net)
-    parameters = sum(p.numel() for p in net.parameters())
-    say(f"{config['arch']} on {device}: {parameters:,} parameters, {len(images):,} images, "
-        f"steps {start} to {config['steps']} of {config['batch']}, to {out}")
+    announce(config, net, len(images), start, out)
 
+    shared = share_gradients(net)
     interrupt = Interrupt()
     progress = Progress(start, config)
-    for step in range(start, config["steps"]):
+    for step in range(start, steps):
         torch.manual_seed(seed_of(config["seed"], step, rank))
         z, y = draw_batch(images, labels, config["batch"] // world)
-        with autocast(device):
-            loss = loss_of(config, model, z, y)
+        with autocast(images.device):
+            loss = loss_of(config, shared, z, y)
         loss.backward()
         optimizers.step(learning_rate(config, step))
         update_average(average, net, step, config["ema"])
-
         progress.add(loss)
-        last = step + 1 == config["steps"] or interrupt.asked
+
+        last = step + 1 == steps or interrupt.asked
         if last or (step + 1) % save_every == 0:
-            if not progress.is_finite():
-                raise BadInput(f"loss not finite at step {step + 1}: lower --lr; {out} is kept")
-            if rank == 0:
-                save(out, config, step + 1, net, average, optimizers)
+            progress.check(out)
+            save(out, config, step + 1, net, average, optimizers)
         progress.show(last)
         if interrupt.asked:
             raise KeyboardInterrupt
