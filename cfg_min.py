@@ -73,13 +73,19 @@ def logit_normal(n, mean, std, device=None):
 # u, D/alpha times as large: much while t is small; an error of z, D/beta times: much near t = 1.
 # Data lie within +-limit, and so does E[z|x]: z is held there, as Ho et al. 2020 hold it.
 
+def held(z, limit):
+    """z within +-limit, in value but not in gradient: an output beyond can still learn to return."""
+    return z + (z.clamp(-limit, limit) - z).detach()
+
+
+
 def u_from_z(net, path, limit, last_t=0.999):
     """A network that predicts z, as a vector field net(x, t, y) -> u = (D z + beta' x) / beta.
 
     After last_t, where beta goes to 0, the time stands still: a solver may ask at t = 1.
     """
     def field(x, t, y):
-        z = net(x, t, y).clamp(-limit, limit)
+        z = held(net(x, t, y), limit)
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
         return path.data_to_u(z, x, t.clamp(max=last_t))
     return field
