@@ -1,0 +1,490 @@
+"""The two commands, end to end, as their users call them: train.py and sample.py."""
+import gzip
+import itertools
+import math
+import os
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+import zlib
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import command
+import mnist
+import picture
+import sample
+import train
+from unet import UNet
+
+HERE = Path(__file__).parent
+SHORT_UNET = "train.py --arch unet --steps 6 --batch 8"
+SHORT_VAE = "train.py --arch vae --steps 2 --batch 8"
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    """A data file of the first 300 of the digits, for training and for testing."""
+    with np.load(mnist.FILE) as npz:
+        arrays = {key: npz[key][:300] for key in npz}
+    file = tmp_path_factory.mktemp("data") / "few.npz"
+    np.savez(file, **arrays)
+    return file
+
+
+def run_line(line, few):
+    """The exit status of a command line; a training without --data is of the few digits."""
+    script, *argv = line.split()
+    if script == "train.py" and "--data" not in argv:
+        argv += ["--data", str(few)]
+    main = {"train.py": train.main, "sample.py": sample.main}[script]
+    ctrl_c = signal.getsignal(signal.SIGINT)
+    try:
+        return command.run(partial(main, argv)) or 0
+    except SystemExit as error:                 # argparse's way out
+        return error.code
+    finally:
+        signal.signal(signal.SIGINT, ctrl_c)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, few):
+    """run(command line) -> its exit status; in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return partial(run_line, few=few)
+
+
+@pytest.fixture(scope="session")
+def unet(tmp_path_factory, few):
+    """The file of a U-Net that has hardly been trained, for tests that need any network."""
+    file = tmp_path_factory.mktemp("unet") / "unet.pt"
+    assert run_line(f"{SHORT_UNET} --out {file}", few) == 0
+    return file
+
+
+def contents(file):
+    return torch.load(file, weights_only=True)
+
+
+def weights(file):
+    return contents(file)["weights"]
+
+
+def same(a, b):
+    """Whether two networks' weights are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def sampled(run, line):
+    """The images (N, 32, 32) int64 that a sample.py line writes, and their labels (N,)."""
+    assert run(f"sample.py {line} --out sampled.npz") == 0
+    with np.load("sampled.npz") as npz:
+        return npz["images"].astype(int), npz["labels"]
+
+
+def in_a_process(script, line):
+    """The arguments of a process that runs a command line by a script."""
+    _, *argv = line.split()
+    return [sys.executable, HERE / script, *argv]
+
+
+# ---------------------------------------------------------------- pictures
+
+def read_png(file):
+    """The image (H, W) uint8 of an 8-bit grey PNG, each chunk's checksum tested."""
+    raw = Path(file).read_bytes()
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    chunks = {}
+    at = 8
+    while at < len(raw):
+        size, kind = struct.unpack(">I4s", raw[at:at + 8])
+        end = at + 8 + size
+        checksum, = struct.unpack(">I", raw[end:end + 4])
+        assert checksum == zlib.crc32(raw[at + 4:end])
+        chunks[kind] = raw[at + 8:end]
+        at = end + 4
+    width, height, *kind = struct.unpack(">IIBBBBB", chunks[b"IHDR"])
+    assert kind == [8, 0, 0, 0, 0]              # 8 bits, grey, not interlaced
+    data = zlib.decompress(chunks[b"IDAT"])
+    rows = np.frombuffer(data, np.uint8).reshape(height, width + 1)
+    assert (rows[:, 0] == 0).all()              # not filtered
+    return rows[:, 1:]
+
+
+def test_a_png_decodes_to_what_was_written(tmp_path):
+    """PNG -> pixels gives back the array, of odd sizes too, in a folder made for it."""
+    grey = np.random.default_rng(0).integers(0, 256, (37, 53), np.uint8)
+    file = tmp_path / "new" / "a.png"
+    command.write_whole(file, picture.png(grey))
+    assert (read_png(file) == grey).all()
+
+
+def test_the_figure_has_a_panel_a_scale_and_a_row_a_label(run, unet, capsys):
+    """Two w: two panels of a title, ten rows of labels and one without, ten columns each."""
+    assert run(f"sample.py --ckpt {unet} --w 1 3 --steps 2") == 0
+    assert read_png("samples.png").shape == (16 + 32 * 11 + 8, 2 * (320 + 8))
+    out = capsys.readouterr().out
+    assert f"220 samples of {unet}" in out
+    assert "8 network calls" in out             # two chunks, two w, two steps
+
+
+def test_the_trajectory_has_a_row_a_label_and_a_column_a_moment(run, unet):
+    """Two titles, ten rows of labels and one without, eleven columns: t = 0, 0.1, ..., 1."""
+    assert run(f"sample.py --ckpt {unet} --w 3 --steps 5 --trajectory --out t.png") == 0
+    assert read_png("t.png").shape == (32 + 32 * 11 + 8, 32 * 11 + 8)
+
+
+# ---------------------------------------------------------------- data
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_idx_folders_are_read_as_the_npz_is(tmp_path, few, zipped):
+    """MNIST's four IDX files, or their .gz, give the tensors that the .npz gives."""
+    with np.load(few) as npz:
+        arrays = [npz[key] for key in mnist.KEYS]
+    for name, v in zip(mnist.IDX_FILES, arrays):
+        raw = struct.pack(f">HBB{v.ndim}I", 0, 8, v.ndim, *v.shape) + v.tobytes()
+        file = tmp_path / name
+        if zipped:
+            file = tmp_path / f"{name}.gz"
+            raw = gzip.compress(raw)
+        file.write_bytes(raw)
+    for a, b in zip(mnist.load(tmp_path), mnist.load(few), strict=True):
+        assert a.dtype == b.dtype
+        assert torch.equal(a, b)
+
+
+def test_digits_are_padded_and_labels_are_int64(few):
+    """x (N, 1, 32, 32) uint8 with the 28x28 in its middle, y (N,) int64."""
+    x, y, _, _ = mnist.load(few)
+    assert x.shape == (300, 1, 32, 32)
+    assert x.dtype == torch.uint8
+    assert y.dtype == torch.int64
+    with np.load(few) as npz:
+        assert (x[:, 0, 2:-2, 2:-2].numpy() == npz["x_train"]).all()
+        assert (y.numpy() == npz["y_train"]).all()
+
+
+# ---------------------------------------------------------------- training
+
+def test_a_killed_run_resumes_to_the_same_bits(run, few):
+    """kill -9 at any step, then --resume: the weights of a run that nothing stopped."""
+    assert run(f"{SHORT_UNET} --out whole.pt") == 0
+    arguments = in_a_process("train.py", f"{SHORT_UNET} --save-every 1 --data {few}")
+    killed = subprocess.Popen(arguments, stdout=subprocess.DEVNULL)
+    while not Path("runs/unet.pt").exists():
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    assert run(f"{SHORT_UNET} --resume") == 0
+    assert same(weights("whole.pt"), weights("runs/unet.pt"))
+
+
+def test_another_seed_gives_other_weights(run, unet):
+    """--seed 0 twice: the same bits; --seed 1: others."""
+    assert run(f"{SHORT_UNET} --out a.pt") == 0
+    assert run(f"{SHORT_UNET} --seed 1 --out b.pt") == 0
+    assert same(weights(unet), weights("a.pt"))
+    assert not same(weights(unet), weights("b.pt"))
+
+
+def test_resume_says_so_when_a_run_is_finished_or_another(run, unet, capsys):
+    """--resume of a finished run does nothing; of a run with other options it is refused."""
+    before = unet.read_bytes()
+    assert run(f"{SHORT_UNET} --out {unet} --resume") == 0
+    assert "finished" in capsys.readouterr().out
+    assert run(f"{SHORT_UNET} --out {unet} --resume --lr 1") == 2
+    assert "another lr" in capsys.readouterr().err
+    assert unet.read_bytes() == before
+
+
+def test_ctrl_c_keeps_the_step_that_it_interrupts(run, unet, monkeypatch):
+    """Ctrl-C lets the step end, writes it, exits with 130; --resume reaches the same bits."""
+    loss_of = train.loss_of
+
+    def interrupted(*arguments):
+        signal.raise_signal(signal.SIGINT)
+        return loss_of(*arguments)
+    monkeypatch.setattr(train, "loss_of", interrupted)
+    assert run(f"{SHORT_UNET} --out a.pt") == 130
+    assert contents("a.pt")["step"] == 1
+    monkeypatch.setattr(train, "loss_of", loss_of)
+    assert run(f"{SHORT_UNET} --out a.pt --resume") == 0
+    assert same(weights("a.pt"), weights(unet))
+
+
+def test_a_loss_that_is_not_finite_keeps_the_last_good_step(run, monkeypatch, capsys):
+    """nan from the fourth step on: one line, and the checkpoint of the second step stays."""
+    loss_of = train.loss_of
+    calls = itertools.count(1)
+
+    def spoiled(*arguments):
+        loss = loss_of(*arguments)
+        if next(calls) > 3:
+            loss = loss * math.nan
+        return loss
+    monkeypatch.setattr(train, "loss_of", spoiled)
+    assert run(f"{SHORT_UNET} --save-every 2 --out a.pt") == 2
+    assert "not finite" in capsys.readouterr().err
+    assert contents("a.pt")["step"] == 2
+    assert all(v.isfinite().all() for v in weights("a.pt").values())
+
+
+def test_training_needs_no_open_stdout(run, monkeypatch):
+    """python train.py >&- trains as any other run does."""
+    monkeypatch.setattr(sys, "stdout", None)
+    assert run(f"{SHORT_UNET} --out a.pt") == 0
+
+
+# ---------------------------------------------------------------- two processes
+
+HOOKED = """
+import os, sys, torch
+sys.path.insert(0, {here!r})
+import train
+rank = os.environ["RANK"]
+first = {{}}
+loss_of, plain_train = train.loss_of, train.train
+
+def loss_that_remembers_its_first_share(config, net, z, y):
+    first.setdefault("z", z)
+    return loss_of(config, net, z, y)
+
+def train_that_keeps_its_average(*arguments):
+    average = plain_train(*arguments)
+    torch.save(dict(first, weights=average.state_dict()), f"rank{{rank}}.pt")
+    return average
+
+train.loss_of = loss_that_remembers_its_first_share
+train.train = train_that_keeps_its_average
+train.main()
+"""
+LONGER_UNET = "--arch unet --steps 20 --batch 16 --lr 0.03"
+TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2"
+
+
+def last_loss(printed):
+    """The loss on the last line of progress."""
+    return float(re.findall(r"step 20/20  loss (\S+)", printed)[0])
+
+
+def run_by_torchrun(few):
+    """Train by the hooked script in two processes of a thread each; returns what they print."""
+    Path("hooked.py").write_text(HOOKED.format(here=str(HERE)))
+    line = f"{TORCHRUN} hooked.py {LONGER_UNET} --data {few} --out two.pt"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *line.split()], env=environment, text=True,
+                          check=True, capture_output=True)
+    return done.stdout
+
+
+@torch.no_grad()
+def loss_on(few, file):
+    """The loss of a checkpoint's network on the few digits, the same draws for every one."""
+    net, config = checkpoint.load(file)
+    images, labels, _, _ = mnist.load(few)
+    torch.manual_seed(0)
+    return train.loss_of(config, net, mnist.to_unit(images), labels).item()
+
+
+def test_two_processes_share_the_batch_and_hold_the_same_weights(run, few, capsys):
+    """torchrun, N = 2: other digits in each, the same weights in both, the loss of one process."""
+    two = run_by_torchrun(few)
+    assert run(f"train.py {LONGER_UNET} --out one.pt") == 0
+    one = capsys.readouterr().out
+    rank0 = contents("rank0.pt")
+    rank1 = contents("rank1.pt")
+    assert len(rank0["z"]) == len(rank1["z"]) == 8
+    assert not torch.equal(rank0["z"], rank1["z"])
+    assert same(rank0["weights"], rank1["weights"])
+    assert same(rank0["weights"], weights("two.pt"))
+    assert abs(last_loss(two) / last_loss(one) - 1) < 0.03
+    assert abs(loss_on(few, "two.pt") / loss_on(few, "one.pt") - 1) < 0.03
+    assert loss_on(few, "two.pt") < 1.3         # from about 2
+
+
+# ---------------------------------------------------------------- sampling
+
+@pytest.mark.parametrize("path, predict", [("condot", "u"), ("condot", "eps"), ("cosine", "eps"),
+                                           ("ddpm", "u"), ("ddpm", "eps")])
+def test_every_sampler_serves_every_network(run, path, predict):
+    """Each sampler, and --sigma and --noise, make samples of their own."""
+    assert run(f"{SHORT_UNET} --path {path} --predict {predict}") == 0
+    different = set()
+    for options in ("euler", "heun", "em", "em --sigma 1", "ddim --noise 1"):
+        images, _ = sampled(run, f"--w 2 --n 2 --steps 4 --sampler {options}")
+        different.add(images.tobytes())
+    assert len(different) == 5
+
+
+def test_guidance_is_applied_within_its_interval_only(run):
+    """--interval LO HI: w where LO <= t <= HI, and 1 elsewhere."""
+    line = "--ckpt weights/unet.pt --n 2 --steps 4 --sampler euler"      # t = 0, 1/4, 1/2, 3/4
+    plain, _ = sampled(run, f"{line} --w 1")
+    guided, _ = sampled(run, f"{line} --w 3")
+    early, _ = sampled(run, f"{line} --w 3 --interval 0 0.4")
+    everywhere, _ = sampled(run, f"{line} --w 3 --interval 0 0.75")
+    nowhere, _ = sampled(run, f"{line} --w 3 --interval 0.8 1")
+    assert abs(everywhere - guided).max() == 0
+    assert abs(nowhere - plain).max() == 0
+    assert abs(early - guided).max() > 20
+    assert abs(early - plain).max() > 20
+
+
+def test_samples_depend_on_seed_and_index_alone(run, unet, monkeypatch):
+    """Sample i is the same whatever --n and the chunks are, up to rounding; --seed changes it."""
+    line = f"--ckpt {unet} --w 3 --sampler em --steps 3"
+    twelve, labels = sampled(run, f"{line} --n 12")
+    seven, _ = sampled(run, f"{line} --n 7")
+    other, _ = sampled(run, f"{line} --n 12 --seed 1")
+    monkeypatch.setattr(sample, "CHUNK", 5)
+    by_fives, _ = sampled(run, f"{line} --n 12")
+    assert labels.tolist() == [*range(10), 0, 1]
+    assert twelve.shape == (12, 32, 32)
+    assert abs(twelve[:7] - seven).max() <= 2
+    assert abs(twelve - by_fives).max() <= 2
+    assert abs(twelve - other).max() > 2
+
+
+def test_the_newest_run_is_sampled_from(run, capsys):
+    """Without --ckpt: the newest file of runs/ that can be sampled from."""
+    assert run(SHORT_UNET) == 0
+    assert run(SHORT_VAE) == 0
+    assert run("sample.py --w 1 --steps 1 --n 1") == 0
+    assert "samples of runs/unet.pt" in capsys.readouterr().out
+
+
+def test_classifier_trains_guides_and_judges(run, capsys):
+    """--arch classifier reads digits; sample.py then names it as judge, and can guide by it."""
+    assert run(SHORT_UNET) == 0
+    assert run("sample.py --w 3 --steps 2 --n 4 --guidance classifier") == 2    # none is there yet
+    assert "train.py --arch classifier" in capsys.readouterr().err
+    assert run("train.py --arch classifier --steps 60 --batch 32") == 0
+    percent = re.search(r"(\S+) % of the test images", capsys.readouterr().out)
+    assert float(percent[1]) > 25
+    guided, _ = sampled(run, "--w 3 --steps 2 --n 4 --guidance classifier")
+    assert "read as their label by runs/classifier.pt" in capsys.readouterr().out
+    unguided, _ = sampled(run, "--w 0 --steps 2 --n 4 --guidance classifier")
+    cfg, _ = sampled(run, "--w 0 --steps 2 --n 4 --guidance cfg")
+    assert abs(guided - unguided).max() > 2
+    assert abs(unguided - cfg).max() <= 2       # at w = 0 both are u(x|null)
+
+
+@pytest.mark.parametrize("arch", ["dit", "unet"])
+def test_latent_models_train_sample_and_insist_on_their_autoencoder(run, few, arch, capsys):
+    """An autoencoder, a network on its latents of variance 1, samples; no other VAE will do."""
+    assert run("train.py --arch vae --steps 20 --batch 16 --out vae.pt") == 0
+    assert "mean squared error" in capsys.readouterr().out
+    assert run(f"train.py --arch {arch} --latent vae.pt --steps 6 --batch 8") == 0
+    _, config = checkpoint.load(f"runs/latent_{arch}.pt")
+    vae, _ = checkpoint.load("vae.pt")
+    images, *_ = mnist.load(few)
+    latents = vae.encode(mnist.to_unit(images)) * config["latent"]["scale"]
+    assert abs(latents.std() - 1) < 0.02
+    line = "sample.py --w 2 --n 4 --steps 2"
+    assert run(f"{line} --trajectory") == 0
+    os.rename("vae.pt", "kept.pt")
+    assert run(line) == 2
+    assert "vae.pt" in capsys.readouterr().err
+    assert run("train.py --arch vae --steps 2 --batch 16 --seed 1 --out vae.pt") == 0
+    assert run(line) == 2
+    assert "another VAE" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- bad input
+
+def write_bad_checkpoints(good):
+    """cut, empty, foreign, pickled, bare: files that no run of train.py has written whole."""
+    raw = good.read_bytes()
+    whole = contents(good)
+    Path("cut.pt").write_bytes(raw[:len(raw) // 2])
+    Path("empty.pt").touch()
+    foreign = dict(config=dict(arch="dit", net={}), weights=whole["weights"])
+    torch.save(foreign, "foreign.pt")
+    torch.save(UNet(), "pickled.pt")
+    bare = dict(whole, config=dict(arch="unet", net={}))
+    torch.save(bare, "bare.pt")
+
+
+def write_bad_data(few):
+    """Data files that each have one thing wrong."""
+    with np.load(few) as npz:
+        good = dict(npz)
+    x = good["x_train"]
+    y = good["y_train"]
+    np.savez("float.npz", **{**good, "x_train": x / 2})
+    np.savez("shape.npz", **{**good, "x_test": x[:, :20]})
+    np.savez("length.npz", **{**good, "y_train": y[:-1]})
+    np.savez("label.npz", **{**good, "y_test": y + 8})
+    np.savez("none.npz", **{**good, "x_train": x[:0], "y_train": y[:0]})
+    np.savez("object.npz", **{**good, "y_train": y.astype(object)})
+    np.savez("keys.npz", x_train=x)
+    Path("trunc.npz").write_bytes(few.read_bytes()[:9999])
+
+
+@pytest.fixture(scope="session")
+def bad_folder(tmp_path_factory, few, unet):
+    """A folder of a good.pt, a vae.pt, and files with something wrong."""
+    folder = tmp_path_factory.mktemp("bad")
+    before = os.getcwd()
+    os.chdir(folder)
+    Path("good.pt").write_bytes(unet.read_bytes())
+    assert run_line(f"{SHORT_VAE} --out vae.pt", few) == 0
+    Path("file").touch()
+    write_bad_checkpoints(unet)
+    write_bad_data(few)
+    os.chdir(before)
+    return folder
+
+
+BAD_COMMANDS = (
+    "train.py",
+    "train.py --arch mlp",
+    "train.py --arch vae --latent vae.pt",
+    "sample.py",
+)
+BAD_TRAINING = (
+    "--steps 0", "--steps x", "--batch 0", "--eta 1.5", "--eta nan", "--lr 0", "--lr inf",
+    "--ema 2", "--save-every 0", "--seed -1", "--device cuda:9", "--device tpu", "--what",
+    "--latent no.pt", "--latent good.pt", "--out file/a.pt",
+    "--lr 1 --resume --out good.pt", "--resume --out cut.pt",
+    "--data .", "--data no.npz", "--data float.npz", "--data shape.npz", "--data length.npz",
+    "--data label.npz", "--data none.npz", "--data object.npz", "--data keys.npz",
+    "--data trunc.npz",
+)
+BAD_SAMPLING = (
+    "nan", "inf", "x", "1e38", "1 --label 10", "1 --label -1", "1 --n 0", "1 --steps 0",
+    "1 --sampler rk4", "1 --sampler ddim --noise 1.1", "1 --noise 0.5", "1 --sigma 1",
+    "1 --sampler em --sigma -1", "1 --interval 0.8 0.2", "1 --interval -1 2", "1 --seed -1",
+    "1 --device cuda:9", "1 --out a.jpg", "1 3 --out a.npz", "1 --trajectory --out a.npz",
+    "1 --out file/a.png",
+    "1 --ckpt no.pt", "1 --ckpt cut.pt", "1 --ckpt empty.pt", "1 --ckpt foreign.pt",
+    "1 --ckpt pickled.pt", "1 --ckpt bare.pt", "1 --ckpt vae.pt",
+)
+BAD_LINES = [
+    *BAD_COMMANDS,
+    *(f"{SHORT_UNET} {options}" for options in BAD_TRAINING),
+    *(f"sample.py --ckpt good.pt --steps 2 --n 2 --w {options}" for options in BAD_SAMPLING),
+]
+
+
+@pytest.mark.parametrize("line", BAD_LINES)
+def test_bad_input_is_one_line_and_status_2_and_loses_nothing(run, bad_folder, line, capsys,
+                                                              monkeypatch):
+    """One line on stderr, status 2; good.pt stays as it was, and no temporary file is left."""
+    monkeypatch.chdir(bad_folder)
+    before = Path("good.pt").read_bytes()
+    assert run(line) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert len(err) > 20
+    assert "Traceback" not in err
+    assert Path("good.pt").read_bytes() == before
+    assert list(Path().rglob(".*")) == []
