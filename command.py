@@ -1,5 +1,6 @@
 """What both commands share: errors in one line, checked numbers, files written whole."""
 import argparse
+import glob
 import os
 import sys
 from pathlib import Path
@@ -37,6 +38,8 @@ def write_whole(path, data):
     """Write bytes under a temporary name, then rename: path is whole or stays as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        left.unlink(missing_ok=True)            # by a write that was killed
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
