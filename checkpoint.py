@@ -6,6 +6,7 @@ A checkpoint is a dict: config (all that its run depends on, as train.py lists i
 import contextlib
 import io
 import os
+import zipfile
 from pathlib import Path
 
 import torch
@@ -43,10 +44,13 @@ def read(file, device="cpu"):
     if not Path(file).exists():
         file = HERE / file                      # weights/ is there from everywhere
     try:
+        with zipfile.ZipFile(file) as parts:
+            if parts.testzip():                 # a wrong checksum: torch.load does not look
+                raise zipfile.BadZipFile
         checkpoint = torch.load(file, map_location=device, weights_only=True)
     except OSError as error:
         raise BadInput(f"{file}: {error.strerror}; train.py makes one") from None
-    except Exception:                           # torch.load raises whatever it stumbles over
+    except Exception:                           # both raise whatever they stumble over
         raise not_a_checkpoint(file) from None
     if not has_keys(checkpoint, KEYS) or not has_keys(checkpoint["config"], CONFIG_KEYS):
         raise not_a_checkpoint(file)
