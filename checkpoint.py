@@ -6,6 +6,7 @@ A checkpoint is a dict: config (all that its run depends on, as train.py lists i
 import contextlib
 import io
 import os
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def read(file, device="cpu"):
         with zipfile.ZipFile(file) as parts:
             if parts.testzip():                 # a wrong checksum: torch.load does not look
                 raise zipfile.BadZipFile
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")     # torch's words on pickles that it then refuses
+            checkpoint = torch.load(file, map_location=device, weights_only=True)
     except OSError as error:
         raise BadInput(f"{file}: {error.strerror}; train.py makes one") from None
     except Exception:                           # both raise whatever they stumble over
