@@ -4,6 +4,7 @@ A checkpoint is a dict: config (all that its run depends on, as train.py lists i
 (the averaged ones) and, until the last step, what --resume needs: net, optimizers.
 """
 import contextlib
+import inspect
 import io
 import os
 import warnings
@@ -55,13 +56,23 @@ def read(file, device="cpu"):
         raise BadInput(f"{file}: {error.strerror}; train.py makes one") from None
     except Exception:                           # both raise whatever they stumble over
         raise not_a_checkpoint(file) from None
-    if not has_keys(checkpoint, KEYS) or not has_keys(checkpoint["config"], CONFIG_KEYS):
+    if not has_keys(checkpoint, KEYS) or not is_config(checkpoint["config"]):
         raise not_a_checkpoint(file)
     return checkpoint
 
 
 def has_keys(value, keys):
     return isinstance(value, dict) and keys <= set(value)
+
+
+def is_config(value):
+    """Whether this is the config of a network that can be built here."""
+    if not has_keys(value, CONFIG_KEYS):
+        return False
+    if value["arch"] not in NETS or value["path"] not in PATHS:
+        return False
+    options = inspect.signature(NETS[value["arch"]]).parameters
+    return set(value["net"]) <= set(options)
 
 
 def not_a_checkpoint(file):
@@ -76,10 +87,10 @@ def load(file, device="cpu"):
     """
     checkpoint = read(file, device)
     config = dict(checkpoint["config"], step=checkpoint["step"])
+    net = NETS[config["arch"]](**config["net"]).to(device)
     try:
-        net = NETS[config["arch"]](**config["net"]).to(device)
         net.load_state_dict(checkpoint["weights"])
-    except (KeyError, TypeError, RuntimeError):     # of another network
+    except (RuntimeError, TypeError):           # of another network
         raise not_a_checkpoint(file) from None
     net.eval().requires_grad_(False)
     if config["arch"] in FIELDS:
