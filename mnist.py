@@ -1,5 +1,7 @@
 """The digits: reading them, and measuring samples against them."""
 import gzip
+import math
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -13,26 +15,41 @@ IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
 
 
+def bad_data(path, reason):
+    """The BadInput of --data: what is wrong, and what is wanted."""
+    return BadInput(f"{path}: {reason}; --data wants an .npz of x_train, y_train, x_test, y_test, or "
+                    "a folder of MNIST's four IDX files: images (N, 28, 28) uint8, labels (N,) in "
+                    "0..9 (10 is null), N > 0")
+
+
+def unreadable(path, error):
+    return bad_data(path, (str(error) or type(error).__name__).splitlines()[0])
+
+
 def read_idx(file):
     """An IDX file of bytes, or its .gz: 0, 0, 8, the rank, big-endian sizes, data."""
-    if file.exists():
-        raw = file.read_bytes()
-    else:
-        raw = gzip.decompress(Path(f"{file}.gz").read_bytes())
-    if raw[:3] != b"\0\0\x08":
-        raise ValueError(f"{file.name} is no IDX file of bytes")
-    rank = raw[3]
-    shape = np.frombuffer(raw, ">u4", rank, offset=4)
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    try:
+        if file.exists():
+            raw = file.read_bytes()
+        else:
+            raw = gzip.decompress(Path(f"{file}.gz").read_bytes())
+    except (OSError, EOFError, zlib.error) as error:
+        raise unreadable(file, error) from None
+    rank = int.from_bytes(raw[3:4], "big")
+    start = 4 + 4 * rank
+    shape = [int.from_bytes(raw[k:k + 4], "big") for k in range(4, start, 4)]
+    if raw[:3] != b"\0\0\x08" or len(raw) != start + math.prod(shape):
+        raise bad_data(file, "no IDX file of bytes, or cut short")
+    return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 
 
-def read(path):
-    """The arrays of KEYS, from an .npz of them or a folder of MNIST's four IDX files."""
-    path = Path(path)
-    if path.is_dir():
-        return [read_idx(path / name) for name in IDX_FILES]
-    with np.load(path, allow_pickle=False) as npz:
-        return [npz[key] for key in KEYS]
+def read_npz(file):
+    """The arrays of KEYS in an .npz."""
+    try:
+        with np.load(file, allow_pickle=False) as npz:
+            return [npz[key] for key in KEYS]
+    except Exception as error:                  # numpy, zipfile, zlib: each raises its own
+        raise unreadable(file, error) from None
 
 
 def are_digits(images, labels):
@@ -49,18 +66,16 @@ def load(path=FILE):
 
     From an .npz of arrays so named, or a folder of MNIST's four IDX files. Raises BadInput.
     """
-    wanted = ("--data wants an .npz of x_train, y_train, x_test, y_test, or a folder of MNIST's "
-              "four IDX files: images (N, 28, 28) uint8, labels (N,) in 0..9 (10 is null), N > 0")
-    try:
-        arrays = read(path)
-    except Exception as error:                  # zip, zlib, gzip and numpy each raise their own
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise BadInput(f"{path}: {reason}; {wanted}") from None
+    path = Path(path)
+    if path.is_dir():
+        arrays = [read_idx(path / name) for name in IDX_FILES]
+    else:
+        arrays = read_npz(path)
     out = []
     for images, labels in (arrays[:2], arrays[2:]):
         if not are_digits(images, labels):
             found = f"{images.dtype} {images.shape} and {labels.dtype} {labels.shape}"
-            raise BadInput(f"{path}: has {found}; {wanted}")
+            raise bad_data(path, f"has {found}")
         padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))       # (N, 32, 32)
         out.append(torch.from_numpy(padded)[:, None])           # (N, 1, 32, 32)
         out.append(torch.from_numpy(labels.astype(np.int64)))
