@@ -74,7 +74,7 @@ def logit_normal(n, mean, std, device=None):
 # Data lie within +-limit, and so does E[z|x]: z is held there, as Ho et al. 2020 hold it.
 
 def held(z, limit):
-    """z within +-limit, in value but not in gradient: an output beyond can still learn to return."""
+    """z within +-limit, in value but not in gradient: an output beyond it can learn to return."""
     return z + (z.clamp(-limit, limit) - z).detach()
 
 

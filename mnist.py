@@ -17,9 +17,9 @@ IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
 
 def bad_data(path, reason):
     """The BadInput of --data: what is wrong, and what is wanted."""
-    return BadInput(f"{path}: {reason}; --data wants an .npz of x_train, y_train, x_test, y_test, or "
-                    "a folder of MNIST's four IDX files: images (N, 28, 28) uint8, labels (N,) in "
-                    "0..9 (10 is null), N > 0")
+    return BadInput(f"{path}: {reason}; --data wants an .npz of x_train, y_train, x_test, y_test, "
+                    "or a folder of MNIST's four IDX files: images (N, 28, 28) uint8, labels (N,) "
+                    "in 0..9 (10 is null), N > 0")
 
 
 def unreadable(path, error):
