@@ -1,14 +1,17 @@
 """The two commands, end to end, as their users call them: train.py and sample.py."""
+import copy
 import gzip
 import itertools
 import math
 import os
+import pickle
 import re
 import signal
 import struct
 import subprocess
 import sys
 import time
+import zipfile
 import zlib
 from functools import partial
 from pathlib import Path
@@ -16,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
 
 import checkpoint
 import command
@@ -23,6 +27,9 @@ import mnist
 import picture
 import sample
 import train
+from cfg_min import NULL
+from command import BadInput
+from paths import PATHS
 from unet import UNet
 
 HERE = Path(__file__).parent
@@ -144,19 +151,27 @@ def test_the_trajectory_has_a_row_a_label_and_a_column_a_moment(run, unet):
 
 # ---------------------------------------------------------------- data
 
-@pytest.mark.parametrize("zipped", [False, True])
-def test_idx_folders_are_read_as_the_npz_is(tmp_path, few, zipped):
-    """MNIST's four IDX files, or their .gz, give the tensors that the .npz gives."""
+@pytest.fixture
+def idx_folder(tmp_path, few):
+    """A folder of the few digits as MNIST's four IDX files: 0, 8, the rank, the sizes, the bytes."""
+    folder = tmp_path / "idx"
+    folder.mkdir()
     with np.load(few) as npz:
-        arrays = [npz[key] for key in mnist.KEYS]
-    for name, v in zip(mnist.IDX_FILES, arrays):
-        raw = struct.pack(f">HBB{v.ndim}I", 0, 8, v.ndim, *v.shape) + v.tobytes()
-        file = tmp_path / name
-        if zipped:
-            file = tmp_path / f"{name}.gz"
-            raw = gzip.compress(raw)
-        file.write_bytes(raw)
-    for a, b in zip(mnist.load(tmp_path), mnist.load(few), strict=True):
+        for key, name in zip(mnist.KEYS, mnist.IDX_FILES):
+            v = npz[key]
+            header = struct.pack(f">HBB{v.ndim}I", 0, 8, v.ndim, *v.shape)
+            (folder / name).write_bytes(header + v.tobytes())
+    return folder
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_idx_folders_are_read_as_the_npz_is(idx_folder, few, zipped):
+    """MNIST's four IDX files, or their .gz, give the tensors that the .npz gives."""
+    if zipped:
+        for file in list(idx_folder.iterdir()):
+            Path(f"{file}.gz").write_bytes(gzip.compress(file.read_bytes()))
+            file.unlink()
+    for a, b in zip(mnist.load(idx_folder), mnist.load(few), strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
 
@@ -170,6 +185,147 @@ def test_digits_are_padded_and_labels_are_int64(few):
     with np.load(few) as npz:
         assert (x[:, 0, 2:-2, 2:-2].numpy() == npz["x_train"]).all()
         assert (y.numpy() == npz["y_train"]).all()
+
+
+def test_bytes_and_pixels_are_two_names_of_one_thing():
+    """0 ... 255 is -1 ... 1, there and back; what lies outside is clipped."""
+    grey = torch.arange(256, dtype=torch.uint8)
+    x = mnist.to_unit(grey)
+    assert x[0] == -1
+    assert x[255] == 1
+    assert torch.equal(mnist.to_bytes(x), grey)
+    assert mnist.to_bytes(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+
+
+# ---------------------------------------------------------------- what the network is given
+
+class Recorder(nn.Module):
+    """Instead of a U-Net: it keeps what it is given, and what its squared error aims at."""
+
+    seen = []                                   # of dicts of x, t, y, target
+
+    def __init__(self):
+        super().__init__()
+        self.hidden = nn.Parameter(torch.zeros(1, 1))       # one parameter for Muon,
+        self.last = nn.Parameter(torch.zeros(1))            # and one for AdamW
+
+    def forward(self, x, t, y):
+        out = torch.zeros_like(x) + self.hidden + self.last
+        record = dict(x=x, t=t, y=y)
+        self.seen.append(record)
+
+        def keep_target(gradient):              # 2 (out - target) / numel
+            record["target"] = (out - gradient * out.numel() / 2).detach()
+        out.register_hook(keep_target)
+        return out
+
+
+@pytest.fixture
+def recorder(run, monkeypatch):
+    """recorder(options) -> x, t, y, target of 2000 samples of a training of the Recorder.
+
+    Its digits are squares of one grey: digit k is 20 k + 10 all over.
+    """
+    labels = np.arange(1000) % 10
+    images = np.zeros((1000, 28, 28), np.uint8) + (20 * labels + 10).astype(np.uint8)[:, None, None]
+    np.savez("grey.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    monkeypatch.setitem(checkpoint.NETS, "unet", Recorder)
+    monkeypatch.setattr(Recorder, "seen", [])
+
+    def record(options):
+        assert run(f"train.py --arch unet --data grey.npz --steps 4 --batch 500 {options}") == 0
+        assert len(Recorder.seen) == 4
+        return [torch.cat([batch[key] for batch in Recorder.seen]) for key in ("x", "t", "y", "target")]
+    return record
+
+
+def digit_of(z):
+    """The digit of a clean square of the recorder's data, wherever all of it is of one grey."""
+    square = (z[:, 0, 2:-2, 2:-2] + 1) * 127.5
+    grey = square.mean((1, 2))
+    assert (square - grey[:, None, None]).abs().max() < 0.1
+    digit = (grey - 10) / 20
+    assert (digit - digit.round()).abs().max() < 0.01
+    return digit.round()
+
+
+@pytest.mark.parametrize("predict", ["u", "eps"])
+@pytest.mark.parametrize("name", PATHS)
+def test_training_aims_at_u_or_eps_and_gives_each_digit_its_label(recorder, name, predict):
+    """x = alpha z + beta eps of a digit z, y its label; the target is alpha' z + beta' eps, or eps."""
+    x, t, y, target = recorder(f"--eta 0 --path {name} --predict {predict}")
+    path = PATHS[name]
+    alpha, beta, _, _ = path.at(t, x)
+    eps = target
+    if predict == "u":
+        eps = path.u_to_eps(target, x, t)
+    assert abs(eps.mean()) < 0.01
+    assert abs(eps.std() - 1) < 0.01
+    clear = alpha.flatten() > 0.05              # z = (x - beta eps) / alpha can be told
+    z = (x - beta * eps) / alpha
+    assert clear.sum() > 1000
+    assert torch.equal(digit_of(z[clear]), y[clear].float())
+
+
+@pytest.mark.parametrize("eta", [0, 0.1, 0.5, 1])
+def test_training_drops_labels_with_probability_eta(recorder, eta):
+    """Of 2000 labels, the share of --eta is null; the others are not touched."""
+    _, _, y, _ = recorder(f"--eta {eta}")
+    dropped = (y == NULL).float().mean()
+    assert abs(dropped - eta) <= 5 * (eta * (1 - eta) / 2000) ** 0.5
+    assert y.min() >= 0
+    assert y.max() <= NULL
+
+
+def test_without_eta_one_label_in_ten_is_dropped(recorder):
+    """The default of --eta is 0.1."""
+    _, _, y, _ = recorder("")
+    assert abs((y == NULL).float().mean() - 0.1) < 0.03
+
+
+@pytest.mark.parametrize("latent, mean", [(None, -1), ("vae.pt", 0)])
+def test_t_is_drawn_where_the_label_is_decided(latent, mean):
+    """logit(t) ~ N(-1, 1) in pixels, N(0, 1) in latents, for networks that predict u."""
+    config = dict(arch="unet", path="condot", predict="u", eta=0.1, latent=latent)
+    z = torch.zeros(4000, 1, 1, 1)
+    times = []
+
+    def net(x, t, y):
+        times.append(t.logit())
+        return x
+    torch.manual_seed(0)
+    train.loss_of(config, net, z, torch.zeros(4000).long())
+    assert abs(times[0].mean() - mean) < 0.05
+    assert abs(times[0].std() - 1) < 0.05
+
+
+def test_a_checkpoint_holds_the_average_of_the_weights(run, monkeypatch):
+    """average <- d average + (1 - d) net after step k, d = min(ema, (k + 1)/(k + 10))."""
+    saved = []
+
+    def keep(file, contents):
+        saved.append(copy.deepcopy(contents))
+    monkeypatch.setattr(checkpoint, "save", keep)
+    assert run(f"{SHORT_UNET} --save-every 1 --ema 0.3") == 0
+    torch.manual_seed(0)
+    average = UNet().state_dict()
+    for k, contents in enumerate(saved[:5]):    # the last has no "net"
+        d = min(0.3, (k + 1) / (k + 10))
+        for name, p in contents["net"].items():
+            average[name] = d * average[name] + (1 - d) * p
+            torch.testing.assert_close(contents["weights"][name], average[name])
+    assert len(saved) == 6
+    assert not same(saved[4]["net"], saved[4]["weights"])
+
+
+def test_the_averaged_weights_are_the_ones_that_sample(run):
+    """checkpoint.load gives the network of "weights", not the one that --resume trains on."""
+    assert run(f"{SHORT_UNET} --out a.pt") == 0
+    whole = contents("a.pt")
+    other = UNet().state_dict()
+    checkpoint.save("b.pt", dict(whole, net=other))
+    net, _ = checkpoint.load("b.pt")
+    assert same(net.state_dict(), whole["weights"])
 
 
 # ---------------------------------------------------------------- training
@@ -398,19 +554,198 @@ def test_latent_models_train_sample_and_insist_on_their_autoencoder(run, few, ar
     assert "another VAE" in capsys.readouterr().err
 
 
+# ---------------------------------------------------------------- the shipped weights
+
+def percent_read(images, labels):
+    """How many of these images the shipped classifier reads as their label."""
+    judge, _ = checkpoint.load("weights/classifier.pt")
+    images = torch.from_numpy(images).to(torch.uint8)[:, None]
+    return 100 * mnist.accuracy(judge, images, torch.from_numpy(labels))
+
+
+def test_the_shipped_classifier_reads_real_digits(few):
+    """At t = 1 it reads at least 97 of 100 test images right."""
+    _, _, x_test, y_test = mnist.load(few)
+    assert percent_read(x_test[:, 0].numpy(), y_test.numpy()) >= 97
+
+
+@pytest.mark.parametrize("file, w, low, high", [
+    ("unet.pt", 0, 0, 30),                      # any digit: 10 in 100 are of the label
+    ("unet.pt", 1, 85, 100),
+    ("unet.pt", 3, 97, 100),
+    ("dit.pt", 3, 97, 100),
+    ("latent_dit.pt", 3, 97, 100),
+])
+def test_the_shipped_networks_draw_their_labels_as_w_says(run, capsys, file, w, low, high):
+    """50 samples, read by the shipped classifier: by chance at w = 0, nearly all at w = 3."""
+    line = f"--ckpt weights/{file} --n 50 --steps 8 --sampler heun"
+    images, labels = sampled(run, f"{line} --w {w}")
+    percent = percent_read(images, labels)
+    assert low <= percent <= high
+    assert f"w = {w}: {percent:.1f} % read as their label" in capsys.readouterr().out
+
+
+def test_label_asks_for_one_digit(run):
+    """--label 7: labels and images are of sevens alone."""
+    line = "--ckpt weights/unet.pt --w 3 --n 10 --steps 8 --sampler heun"
+    images, labels = sampled(run, f"{line} --label 7")
+    assert labels.tolist() == [7] * 10
+    assert percent_read(images, labels) >= 90
+
+
+def test_latents_are_decoded_in_the_autoencoder_s_own_units(few):
+    """What training makes of images, scaled to variance 1, sampling turns back into them."""
+    images, _, _, _ = mnist.load(few)
+    cpu = torch.device("cpu")
+    model = sample.Model("weights/latent_dit.pt", cpu)
+    vae, _ = checkpoint.load("weights/vae.pt")
+    plain = mnist.to_bytes(vae.decode(vae.encode(mnist.to_unit(images))))[:, 0].int()
+    latents = vae.encode(mnist.to_unit(images)) * model.config["latent"]["scale"]
+    assert abs(latents.std() - 1) < 0.05
+    assert (model.to_images(latents).int() - plain).abs().max() <= 1
+    assert (images[:, 0].int() - plain).abs().float().mean() < 10
+
+
+# ---------------------------------------------------------------- damage
+
+KILLED_WRITE = """
+import os, signal, sys
+sys.path.insert(0, {here!r})
+import command
+
+def die(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+os.replace = die
+command.write_whole("a.bin", b"half")
+"""
+
+
+def test_a_killed_write_loses_nothing_and_leaves_nothing_for_ever(tmp_path, monkeypatch):
+    """The old file stays; the next write to its name clears what was left, and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    command.write_whole("a.bin", b"old")
+    Path(".b.bin.1.tmp").touch()                # of a write to another name
+    killed = subprocess.run([sys.executable, "-c", KILLED_WRITE.format(here=str(HERE))])
+    assert killed.returncode == -signal.SIGKILL
+    assert Path("a.bin").read_bytes() == b"old"
+    assert len(os.listdir()) == 3
+    command.write_whole("a.bin", b"new")
+    assert Path("a.bin").read_bytes() == b"new"
+    assert sorted(os.listdir()) == [".b.bin.1.tmp", "a.bin"]
+
+
+def outcome(file):
+    """The averaged weights in a checkpoint, or None where it is refused."""
+    try:
+        return checkpoint.read(file)["weights"]
+    except BadInput:
+        return None
+
+
+def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path):
+    """Wherever it is: the file is refused, or the bit was in padding and changes no weight."""
+    raw = (HERE / "weights" / "vae.pt").read_bytes()
+    whole = weights(HERE / "weights" / "vae.pt")
+    file = tmp_path / "flipped.pt"
+    rng = np.random.default_rng(0)
+    refused = 0
+    for at in rng.integers(len(raw), size=40):
+        flipped = bytearray(raw)
+        flipped[at] ^= 1 << rng.integers(8)
+        file.write_bytes(flipped)
+        read = outcome(file)
+        if read is None:
+            refused += 1
+        else:
+            assert same(read, whole)
+    assert refused > 30
+
+
+class Bug(ValueError, KeyError, RuntimeError, TypeError):
+    """A mistake of ours, of every kind that a guard for bad input may be there for."""
+
+
+def stumble(*arguments, **options):
+    raise Bug
+
+
+@pytest.mark.parametrize("where, what", [(mnist, "are_digits"), (np, "pad"), (np, "frombuffer")])
+def test_a_bug_in_reading_digits_is_not_bad_data(idx_folder, monkeypatch, where, what):
+    """What goes wrong in checking, padding and parsing is not put down to the file."""
+    monkeypatch.setattr(where, what, stumble)
+    with pytest.raises(Bug):
+        mnist.load(idx_folder)
+
+
+@pytest.mark.parametrize("where, what", [
+    (checkpoint, "is_config"), (UNet, "__init__"), (UNet, "forward"), (nn.Module, "eval"),
+    (torch.cuda, "is_available"), (sample, "guided"), (sample, "find_judge"), (picture, "png"),
+    (mnist, "to_bytes"),
+])
+def test_a_bug_in_sampling_is_not_bad_input(run, unet, monkeypatch, where, what):
+    """It ends in a traceback, which says where, not in one line about the user's file."""
+    monkeypatch.setattr(where, what, stumble)
+    monkeypatch.setattr(sample, "to_bytes", mnist.to_bytes)
+    with pytest.raises(Bug):
+        run(f"sample.py --ckpt {unet} --w 1 --n 1 --steps 1")
+
+
+@pytest.mark.parametrize("where, what", [
+    (torch.cuda, "is_available"), (mnist, "load"), (mnist, "diversity"), (UNet, "__init__"),
+    (train, "draw_batch"), (train, "loss_of"), (checkpoint, "save"), (train, "restore"),
+])
+def test_a_bug_in_training_is_not_bad_input(run, unet, monkeypatch, where, what):
+    """Likewise, in a run that is resumed."""
+    assert run(f"{SHORT_UNET} --out a.pt") == 0
+    whole = contents("a.pt")
+    assert whole["step"] == 6
+    monkeypatch.setattr(where, what, stumble)
+    with pytest.raises(Bug):
+        run(f"{SHORT_UNET} --out a.pt --resume")
+
+
 # ---------------------------------------------------------------- bad input
 
+class Malice:
+    """Unpickled, it runs a command of the file's author."""
+
+    def __reduce__(self):
+        return os.system, ("touch owned",)
+
+
+def write_forged(good, file):
+    """A checkpoint's zip, its pickle replaced by malice, of the protocol at which torch warns."""
+    with zipfile.ZipFile(good) as parts, zipfile.ZipFile(file, "w") as forged:
+        for name in parts.namelist():
+            data = parts.read(name)
+            if name.endswith("data.pkl"):
+                data = pickle.dumps(Malice(), protocol=4)
+            forged.writestr(name, data)
+
+
 def write_bad_checkpoints(good):
-    """cut, empty, foreign, pickled, bare: files that no run of train.py has written whole."""
+    """Files that no run of train.py has written whole, or none of this version."""
     raw = good.read_bytes()
     whole = contents(good)
     Path("cut.pt").write_bytes(raw[:len(raw) // 2])
     Path("empty.pt").touch()
+    torch.save(UNet(), "pickled.pt")
     foreign = dict(config=dict(arch="dit", net={}), weights=whole["weights"])
     torch.save(foreign, "foreign.pt")
-    torch.save(UNet(), "pickled.pt")
+    write_forged(good, "forged.pt")
+    torch.jit.save(torch.jit.script(nn.Identity()), "script.pt")
     bare = dict(whole, config=dict(arch="unet", net={}))
     torch.save(bare, "bare.pt")
+    changes = {
+        "arch": dict(arch="mlp"),
+        "other": dict(arch="dit"),              # of which these are not the weights
+        "path": dict(path="straight"),
+        "option": dict(net=dict(depth=3)),
+    }
+    for name, change in changes.items():
+        changed = dict(whole, config=dict(whole["config"], **change))
+        torch.save(changed, f"{name}.pt")
 
 
 def write_bad_data(few):
@@ -466,7 +801,9 @@ BAD_SAMPLING = (
     "1 --device cuda:9", "1 --out a.jpg", "1 3 --out a.npz", "1 --trajectory --out a.npz",
     "1 --out file/a.png",
     "1 --ckpt no.pt", "1 --ckpt cut.pt", "1 --ckpt empty.pt", "1 --ckpt foreign.pt",
-    "1 --ckpt pickled.pt", "1 --ckpt bare.pt", "1 --ckpt vae.pt",
+    "1 --ckpt pickled.pt", "1 --ckpt bare.pt", "1 --ckpt vae.pt", "1 --ckpt forged.pt",
+    "1 --ckpt script.pt", "1 --ckpt arch.pt", "1 --ckpt other.pt", "1 --ckpt path.pt",
+    "1 --ckpt option.pt",
 )
 BAD_LINES = [
     *BAD_COMMANDS,
@@ -477,7 +814,7 @@ BAD_LINES = [
 
 @pytest.mark.parametrize("line", BAD_LINES)
 def test_bad_input_is_one_line_and_status_2_and_loses_nothing(run, bad_folder, line, capsys,
-                                                              monkeypatch):
+                                                              monkeypatch, recwarn):
     """One line on stderr, status 2; good.pt stays as it was, and no temporary file is left."""
     monkeypatch.chdir(bad_folder)
     before = Path("good.pt").read_bytes()
@@ -486,5 +823,7 @@ def test_bad_input_is_one_line_and_status_2_and_loses_nothing(run, bad_folder, l
     assert err.count("\n") == 1
     assert len(err) > 20
     assert "Traceback" not in err
+    assert recwarn.list == []                   # torch's would be lines of their own
+    assert not Path("owned").exists()
     assert Path("good.pt").read_bytes() == before
     assert list(Path().rglob(".*")) == []
