@@ -1,0 +1,263 @@
+"""The guides of the field, in one table: `python benchmarks/guides.py`; what each does to digits.
+
+A guide makes one vector field of two. All are used alike, guide(cond, uncond, x, t, w) -> u:
+cond is u_t(x|y), uncond is u_t(x|null), t one number, 0 noise, 1 data, and w the scale, in our
+count: w = 1 is no guidance, w > 1 guidance. The path is CondOT, x = t z + (1 - t) eps, so that
+u = z - eps, z = x + (1 - t) u, eps = x - t u. Where a paper differs in time, scale or space, the
+translation stands beside its formula.
+
+Autoguidance needs a weaker network, of a training that is stopped early:
+
+    python train.py --arch unet --steps 150 --out runs/weak.pt
+
+Shapes: cond, uncond, x and u are (B, ...), all alike.
+"""
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import mnist                                                    # noqa: E402
+from cfg_min import NULL, guide                                 # noqa: E402
+from checkpoint import pick_device                              # noqa: E402
+from command import BadInput, number, run                       # noqa: E402
+from measures import judge, judged, like                        # noqa: E402
+from paths import CondOT                                        # noqa: E402
+from sample import Model, generate                              # noqa: E402
+
+PATH = CondOT()
+
+
+# ---------------------------------------------------------------- the guides
+
+def dot(a, b):
+    """<a, b> of each sample, (B, 1, ..., 1)."""
+    return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
+
+
+def std(a):
+    """The standard deviation of each sample over its pixels, (B, 1, ..., 1)."""
+    return a.std(dim=tuple(range(1, a.ndim)), keepdim=True)
+
+
+def cfg(cond, uncond, x, t, w):
+    """(1 - w) u_t(x|null) + w u_t(x|y); Ho & Salimans 2022, arXiv 2207.12598, eq. 6."""
+    return guide(cond, uncond, w)
+
+
+def interval(cond, uncond, x, t, w, low=0.26, high=0.78):
+    """w for t in [low, high], 1 outside; Kynkaanniemi et al. 2024, arXiv 2404.07724, section 3.1.
+
+    Their interval is one of noise levels beta / alpha = (1 - t) / t. (0.28, 2.9], which they find
+    best for EDM2-S on ImageNet at 512 pixels, is t in [0.26, 0.78).
+    """
+    scale = w if low <= t <= high else 1.0
+    return guide(cond, uncond, scale)
+
+
+def rising(cond, uncond, x, t, w):
+    """w(t) = 1 + 2 (w - 1) t, of mean w; the linear one of Wang et al. 2024, arXiv 2404.13040.
+
+    Their time falls from T to 0. Ours starts from 1, the conditional model.
+    """
+    scale = 1 + 2 * (w - 1) * t
+    return guide(cond, uncond, scale)
+
+
+def cfg_plus_plus(cond, uncond, x, t, lam, h):
+    """w(t) = lam s (1 - t) / h for a step from t to s = t + h; Chung et al. 2024, arXiv 2406.08070.
+
+    Theirs is a step of DDIM: z from the guided field of scale lam in [0, 1], but noised again with
+    the unconditional eps. On CondOT, with d = cond - uncond, that is
+
+        s (x + (1 - t) (uncond + lam d)) + (1 - s) (x - t uncond) = x + h uncond + lam s (1 - t) d,
+
+    which is Euler's step with this w(t): lam at both ends, about lam / (4 h) in the middle.
+    """
+    scale = lam * (t + h) * (1 - t) / h
+    return guide(cond, uncond, scale)
+
+
+def lam_of(w, h):
+    """lam = 6 h w / ((1 + h) (1 + 2 h)): CFG++'s w(t) then has the mean w over its 1/h steps.
+
+    w(t) is about 6 w t (1 - t), whatever h is: a soft interval. In 50 steps lam = 1 is w = 8.8.
+    """
+    return 6 * h * w / ((1 + h) * (1 + 2 * h))
+
+
+def rescale(cond, uncond, x, t, w, phi=0.7):
+    """phi u std(cond) / std(u) + (1 - phi) u, for the guided u, its pixels as spread as cond's.
+
+    Lin et al. 2023, arXiv 2305.08891, eq. 13 to 16. They rescale what their network predicts, v;
+    u is on CondOT what -v is on their path.
+    """
+    u = guide(cond, uncond, w)
+    like_cond = u * std(cond) / std(u)
+    return phi * like_cond + (1 - phi) * u
+
+
+def apg(cond, uncond, x, t, w, eta=0.0, radius=2.5):
+    """z + (w - 1) (d_orthogonal + eta d_parallel), as u; t < 1.
+
+    Sadat et al. 2024, arXiv 2410.02416, Algorithm 1. z is E[z|x, y], d its difference to E[z|x],
+    cut to a length of at most radius and then split along z. Their reverse momentum, which takes
+    half or more of the former steps' d from this one's, is left out: a field has no memory. Their
+    radius is 2.5 to 15, in other spaces; the d of digits is about 7 long at t = 0, and shorter
+    than 2.5 from t = 0.3 on.
+    """
+    z = PATH.u_to_data(cond, x, t)
+    d = z - PATH.u_to_data(uncond, x, t)
+    d = d * (radius / dot(d, d).sqrt()).clamp(max=1)
+    parallel = dot(d, z) / dot(z, z) * z
+    z = z + (w - 1) * (d - parallel + eta * parallel)
+    return PATH.data_to_u(z, x, t)
+
+
+def cfg_zero_star(cond, uncond, x, t, w, start=0.04):
+    """(1 - w) s u_t(x|null) + w u_t(x|y), s = <cond, uncond> / |uncond|^2; 0 for t < start.
+
+    Fan et al. 2025, arXiv 2503.18886: s minimises |cond - s uncond|. The authors' code leaves the
+    first 4 % of the steps out.
+    """
+    if t < start:
+        return torch.zeros_like(cond)
+    s = dot(cond, uncond) / dot(uncond, uncond)
+    return guide(cond, s * uncond, w)
+
+
+def autoguidance(cond, weak, x, t, w):
+    """(1 - w) u_t(x|y) of a weaker network + w u_t(x|y), both with the label.
+
+    Karras et al. 2024, arXiv 2406.02507. Their weak network is smaller as well; for EDM2-S it had
+    seen a sixteenth of the images, and w was 2.1. They guide z, which is the same thing.
+    """
+    return guide(cond, weak, w)
+
+
+# ---------------------------------------------------------------- the table
+
+def unconditional(net):
+    """The field (x, t, y) -> u_t(x|null)."""
+    return lambda x, t, y: net(x, t, torch.full_like(y, NULL))
+
+
+def guided(guide, net, second, w):
+    """The field (x, t, y) -> u that a guide makes of net and a second field."""
+    def field(x, t, y):
+        return guide(net(x, t, y), second(x, t, y), x, t, w)
+    return field
+
+
+def rows_of(net, weak, h):
+    """The rows of the table: name, guide, its second field. h is the step of Euler's method."""
+    def cfg_plus_plus_of_mean(cond, uncond, x, t, w):
+        return cfg_plus_plus(cond, uncond, x, t, lam_of(w, h), h)
+
+    null = unconditional(net)
+    rows = [
+        ("CFG", cfg, null),
+        ("interval", interval, null),
+        ("rising scale", rising, null),
+        ("CFG++", cfg_plus_plus_of_mean, null),
+        ("rescale", rescale, null),
+        ("APG", apg, null),
+        ("CFG-Zero*", cfg_zero_star, null),
+    ]
+    if weak:
+        rows.append(("autoguidance", autoguidance, weak))
+    return rows
+
+
+def draw(model, field, labels, steps):
+    """Images (N, 1, 32, 32) uint8 of labels (N,), by Euler's method, always from the same noise."""
+    images = []
+    for x in generate(field, labels, model.shape(), 0, "euler", steps, {}):
+        images.append(model.to_images(x))
+    return torch.cat(images)[:, None].cpu()
+
+
+class Measures:
+    """% read as their label, Frechet distance and diversity over those of as many real digits, and
+    % of pixels that are exactly white."""
+
+    def __init__(self, labels):
+        x, y, self.test, _ = mnist.load()
+        self.labels = labels
+        self.judge = judge(x, y)
+        self.real = like(labels, x, y)
+        _, self.floor = judged(self.judge, self.real, labels, self.test)
+        self.real_diversity = mnist.diversity(self.real, labels)
+
+    def __call__(self, images):
+        accuracy, distance = judged(self.judge, images, self.labels, self.test)
+        diversity = mnist.diversity(images, self.labels) / self.real_diversity
+        white = (images == 255).float().mean().item()
+        return accuracy, diversity, distance / self.floor, 100 * white
+
+
+def line(name, cells):
+    """A row of the table; cells: what Measures gives, for each w."""
+    text = f"{name:13s}"
+    for accuracy, diversity, distance, white in cells:
+        text += f"{accuracy:10.1f}{diversity:6.2f}{distance:7.2f}{white:6.2f}"
+    return text
+
+
+def heading(scales):
+    """Two lines above the rows: w, and what is measured."""
+    groups = "".join(f"{f'w = {w:g}':>17s}{'':12s}" for w in scales)
+    columns = f"{'right %':>10s}{'div.':>6s}{'Fr.':>7s}{'white':>6s}" * len(scales)
+    return f"{'':13s}{groups}\n{'':13s}{columns}"
+
+
+def weak_field(file, device):
+    """The field of the weak network; without its file None, and a line that says how it is had."""
+    if Path(file).exists():
+        return Model(file, device).net
+    print(f"no autoguidance without {file}: python train.py --arch unet --steps 150 --out {file}")
+    return None
+
+
+def parse(argv=None):
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    many = number(int, 1, 1e9)
+    p.add_argument("--n", type=many, default=1000, help="samples of a measurement (1000)")
+    p.add_argument("--steps", type=many, default=25, help="of Euler's method (25)")
+    p.add_argument("--w", type=float, nargs="+", default=(1.5, 3.0, 8.0), help="scales (1.5 3 8)")
+    p.add_argument("--ckpt", default=ROOT / "weights/unet.pt", metavar="FILE.pt")
+    p.add_argument("--weak", default="runs/weak.pt", metavar="FILE.pt",
+                   help="of autoguidance (runs/weak.pt)")
+    return p.parse_args(argv)
+
+
+@torch.no_grad()
+def main(argv=None):
+    options = parse(argv)
+    device = pick_device(None)
+    model = Model(options.ckpt, device)
+    if model.config["path"] != "condot":
+        raise BadInput(f"{options.ckpt}: these guides are written for --path condot")
+    weak = weak_field(options.weak, device)
+    labels = torch.arange(options.n) % 10
+    measures = Measures(labels)
+    labels = labels.to(device)
+
+    print(heading(options.w))
+    print(line("real digits", [measures(measures.real)]))
+    unguided = draw(model, model.net, labels, options.steps)
+    print(line("no guidance", [measures(unguided)]), flush=True)
+    for name, guide, second in rows_of(model.net, weak, 1 / options.steps):
+        cells = []
+        for w in options.w:
+            field = guided(guide, model.net, second, w)
+            images = draw(model, field, labels, options.steps)
+            cells.append(measures(images))
+        print(line(name, cells), flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
