@@ -44,7 +44,10 @@ def std(a):
 
 
 def cfg(cond, uncond, x, t, w):
-    """(1 - w) u_t(x|null) + w u_t(x|y); Ho & Salimans 2022, arXiv 2207.12598, eq. 6."""
+    """(1 - w) u_t(x|null) + w u_t(x|y).
+
+    Ho & Salimans 2022, arXiv 2207.12598, eq. 6: in eps, which is the same; their w is ours minus 1.
+    """
     return guide(cond, uncond, w)
 
 
@@ -209,8 +212,12 @@ def line(name, cells):
 
 def heading(scales):
     """Two lines above the rows: w, and what is measured."""
-    groups = "".join(f"{f'w = {w:g}':>17s}{'':12s}" for w in scales)
-    columns = f"{'right %':>10s}{'div.':>6s}{'Fr.':>7s}{'white':>6s}" * len(scales)
+    groups = ""
+    columns = ""
+    for w in scales:
+        title = f"w = {w:g}"
+        groups += f"{title:>29s}"
+        columns += f"{'right %':>10s}{'div.':>6s}{'Fr.':>7s}{'white':>6s}"
     return f"{'':13s}{groups}\n{'':13s}{columns}"
 
 
@@ -246,6 +253,9 @@ def main(argv=None):
     measures = Measures(labels)
     labels = labels.to(device)
 
+    print(f"{options.n} digits in {options.steps} steps of Euler's method. right %: read as their "
+          "label; div., Fr.: diversity and\nFrechet distance over those of real digits; white: "
+          "% of pixels at 255\n")
     print(heading(options.w))
     print(line("real digits", [measures(measures.real)]))
     unguided = draw(model, model.net, labels, options.steps)
@@ -257,6 +267,8 @@ def main(argv=None):
             images = draw(model, field, labels, options.steps)
             cells.append(measures(images))
         print(line(name, cells), flush=True)
+    lams = [f"{lam_of(w, 1 / options.steps):.2f}" for w in options.w]
+    print(f"\nw of CFG++ is its mean w(t): lambda = {', '.join(lams)}")
 
 
 if __name__ == "__main__":
