@@ -20,11 +20,10 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import mnist                                                    # noqa: E402
 from cfg_min import NULL, guide                                 # noqa: E402
 from checkpoint import pick_device                              # noqa: E402
 from command import BadInput, number, run                       # noqa: E402
-from measures import judge, judged, like                        # noqa: E402
+from measures import Measures                                   # noqa: E402
 from paths import CondOT                                        # noqa: E402
 from sample import Model, generate                              # noqa: E402
 
@@ -183,27 +182,15 @@ def draw(model, field, labels, steps):
     return torch.cat(images)[:, None].cpu()
 
 
-class Measures:
-    """% read as their label, Frechet distance and diversity over those of as many real digits, and
-    % of pixels that are exactly white."""
-
-    def __init__(self, labels):
-        x, y, self.test, _ = mnist.load()
-        self.labels = labels
-        self.judge = judge(x, y)
-        self.real = like(labels, x, y)
-        _, self.floor = judged(self.judge, self.real, labels, self.test)
-        self.real_diversity = mnist.diversity(self.real, labels)
-
-    def __call__(self, images):
-        accuracy, distance = judged(self.judge, images, self.labels, self.test)
-        diversity = mnist.diversity(images, self.labels) / self.real_diversity
-        white = (images == 255).float().mean().item()
-        return accuracy, diversity, distance / self.floor, 100 * white
+def cells_of(measures, images, labels, floor):
+    """% read as their label, diversity, Frechet distance over its floor, % of white pixels."""
+    row = measures(images, labels, apart=False)
+    white = (images == 255).double().mean().item()
+    return row["read"], row["diversity"], row["Frechet"] / floor, 100 * white
 
 
 def line(name, cells):
-    """A row of the table; cells: what Measures gives, for each w."""
+    """A row of the table; cells: what cells_of gives, for each w."""
     text = f"{name:13s}"
     for accuracy, diversity, distance, white in cells:
         text += f"{accuracy:10.1f}{diversity:6.2f}{distance:7.2f}{white:6.2f}"
@@ -250,22 +237,23 @@ def main(argv=None):
         raise BadInput(f"{options.ckpt}: these guides are written for --path condot")
     weak = weak_field(options.weak, device)
     labels = torch.arange(options.n) % 10
-    measures = Measures(labels)
-    labels = labels.to(device)
+    measures = Measures()
+    real = measures.real_digits(labels)
+    floor = measures(real, labels, apart=False)["Frechet"]
 
     print(f"{options.n} digits in {options.steps} steps of Euler's method. right %: read as their "
           "label; div., Fr.: diversity and\nFrechet distance over those of real digits; white: "
           "% of pixels at 255\n")
     print(heading(options.w))
-    print(line("real digits", [measures(measures.real)]))
+    print(line("real digits", [cells_of(measures, real, labels, floor)]))
     unguided = draw(model, model.net, labels, options.steps)
-    print(line("no guidance", [measures(unguided)]), flush=True)
+    print(line("no guidance", [cells_of(measures, unguided, labels, floor)]), flush=True)
     for name, guide, second in rows_of(model.net, weak, 1 / options.steps):
         cells = []
         for w in options.w:
             field = guided(guide, model.net, second, w)
-            images = draw(model, field, labels, options.steps)
-            cells.append(measures(images))
+            images = draw(model, field, labels.to(device), options.steps)
+            cells.append(cells_of(measures, images, labels, floor))
         print(line(name, cells), flush=True)
     lams = [f"{lam_of(w, 1 / options.steps):.2f}" for w in options.w]
     print(f"\nw of CFG++ is its mean w(t): lambda = {', '.join(lams)}")
