@@ -115,15 +115,20 @@ def guide(cond, uncond, w):
     return uncond + w * (cond - uncond)
 
 
-def guided_field(net, x, t, y, w):
-    """The field of Lecture 4, Algorithm 8: one call of net on 2B, or on B alone for w = 0 or 1."""
+def guided_field(net, x, t, y, w, away_from=NULL):
+    """The field of Lecture 4, Algorithm 8: one call of net on 2B, or on B alone for w = 0 or 1.
+
+    Or guidance away from a label y', which takes the place of null. By Bayes' rule, twice,
+    grad log p_t(x|y) - grad log p_t(x|y') = grad log p_t(y|x) - grad log p_t(y'|x): the part that
+    w - 1 adds to u_t(x|y) makes y more probable and y' less. w = 0 is then u_t(x|y').
+    """
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
-    null = torch.full_like(y, NULL)
+    other = torch.full_like(y, away_from)
     if w == 1:
         return net(x, t, y)                     # Algorithm 7
     if w == 0:
-        return net(x, t, null)                  # no guidance at all
-    both = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null]))      # (2B, ...)
+        return net(x, t, other)                 # no guidance at all
+    both = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, other]))     # (2B, ...)
     cond, uncond = both.chunk(2)
     return guide(cond, uncond, w)
 
@@ -229,4 +234,35 @@ def ddim(field, x, steps, path, noise=0.0, t0=0.0, randn=torch.randn_like, watch
         x = alpha_s * z + (beta_s**2 - sigma**2).sqrt() * eps
         if noise:
             x = x + sigma * randn(x)
+    return x
+
+
+def langevin(field, x, t, path, steps, randn=torch.randn_like):
+    """x <- x + h score + sqrt(2h) xi, several times: t stands still, x comes to follow exp(log p)
+    of that score.
+
+    h = beta_t^2 / 10, so that h score = (alpha_t E[z|x] - x) / 10 is a tenth of the way to where x
+    would be without its noise: never large, though the score is near t = 1, and gone with beta_t.
+    """
+    _, beta, _, _ = path.at(t, x)
+    h = beta**2 / 10
+    for _ in range(steps):
+        score = path.u_to_score(field(x, t), x, t)
+        x = x + h * score + (2 * h).sqrt() * randn(x)
+    return x
+
+
+def predictor_corrector(field, corrector, x, steps, path, corrections=1, t0=0.0,
+                        randn=torch.randn_like, watch=ignore):
+    """Euler's step on field, then Langevin steps with the score of corrector at the new time.
+
+    With u_t(x|y) as field and the guided field as corrector, the samples come near the tilted law
+    p_t(x|y)^w p_t(x)^(1-w), whose score the guided field has and whose samples it does not give;
+    the nearer, the more corrections and steps. Bradley & Nakkiran 2024; Song et al. 2021, 4.2.
+    """
+    for t, s in times(steps, t0):
+        watch(t, x)
+        x = x + (s - t) * field(x, t)
+        if s < 1:                               # at t = 1 the score is infinite
+            x = langevin(corrector, x, s, path, corrections, randn)
     return x

@@ -35,38 +35,36 @@ class Mixture:
         self.std = torch.as_tensor(std, dtype=torch.float64)
         self.weight = torch.as_tensor(weight, dtype=torch.float64)
         self.label = torch.as_tensor(label)
+        y = torch.arange(NULL + 1)
+        outside = (y != self.label[:, None]) & (y != NULL)
+        weight = self.weight[:, None].masked_fill(outside, 0)           # (K, 11)
+        self.log_weight = (weight / weight.sum(dim=0)).log()            # of k within class y
 
     def offset_and_var(self, path, x, t):
-        """x - alpha mu_k (B, K, D), and var_k (B, K, 1)."""
-        alpha, beta, _, _ = path.at(t, x[:, None])              # (B, 1, 1)
-        offset = x[:, None] - alpha * self.mu.to(x)
-        var = alpha**2 * self.std.to(x)[:, None]**2 + beta**2
+        """x - alpha mu_k (K, B, D), and var_k (K, B, 1)."""
+        alpha, beta, _, _ = path.at(t, x)                       # (B, 1)
+        offset = x - alpha * self.mu.to(x)[:, None]
+        var = alpha**2 * self.std.to(x)[:, None, None]**2 + beta**2
         return offset, var
 
-    def log_weight(self, y):
-        """log of the components' weights within class y (B, K): -inf outside it."""
-        inside = (y[:, None] == self.label) | (y[:, None] == NULL)
-        log_weight = self.weight.log().masked_fill(~inside, -math.inf)
-        return log_weight.log_softmax(dim=1)
-
-    def log_joint(self, path, x, t, y):
-        """log(weight_k p_t(x|k)) within class y, (B, K)."""
-        offset, var = self.offset_and_var(path, x, t)
-        log_p = -(offset**2 / var + (2 * math.pi * var).log()) / 2      # (B, K, D)
-        return self.log_weight(y).to(x) + log_p.sum(dim=2)
+    def log_joint(self, offset, var, y):
+        """log(weight_k p_t(x|k)) within class y, (K, B); -inf where k is of another class."""
+        log_p = -(offset**2 / var + (2 * math.pi * var).log()) / 2      # (K, B, D)
+        return self.log_weight.to(offset)[:, y] + log_p.sum(dim=2)
 
     def log_p(self, path, x, t, y):
         """log p_t(x|y), (B,)."""
-        return self.log_joint(path, x, t, y).logsumexp(dim=1)
+        offset, var = self.offset_and_var(path, x, t)
+        return self.log_joint(offset, var, y).logsumexp(dim=0)
 
-    def p(self, path, x, t, y):
-        """p_t(k|x, y), (B, K, 1): the weights of all means over the components."""
-        return self.log_joint(path, x, t, y).softmax(dim=1)[:, :, None]
+    def p(self, offset, var, y):
+        """p_t(k|x, y), (K, B, 1): the weights of all means over the components."""
+        return self.log_joint(offset, var, y).softmax(dim=0)[:, :, None]
 
     def score(self, path, x, t, y):
         """grad log p_t(x|y): the mean of the components' scores, -offset_k / var_k."""
         offset, var = self.offset_and_var(path, x, t)
-        return (self.p(path, x, t, y) * -offset / var).sum(dim=1)
+        return (self.p(offset, var, y) * -offset / var).sum(dim=0)
 
     def data_and_eps(self, path, x, t, y):
         """E[z|x, y] and E[eps|x, y], each (B, D).
@@ -74,11 +72,12 @@ class Mixture:
         Given k they are mu_k + alpha std_k^2 / var_k offset_k and beta / var_k offset_k.
         """
         offset, var = self.offset_and_var(path, x, t)
-        alpha, beta, _, _ = path.at(t, x[:, None])              # (B, 1, 1)
-        data = self.mu.to(x) + alpha * self.std.to(x)[:, None]**2 / var * offset
+        alpha, beta, _, _ = path.at(t, x)                       # (B, 1)
+        variance = self.std.to(x)[:, None, None]**2             # (K, 1, 1)
+        data = self.mu.to(x)[:, None] + alpha * variance / var * offset
         eps = beta / var * offset
-        p = self.p(path, x, t, y)
-        return (p * data).sum(dim=1), (p * eps).sum(dim=1)
+        p = self.p(offset, var, y)
+        return (p * data).sum(dim=0), (p * eps).sum(dim=0)
 
     def u(self, path, x, t, y):
         """u_t(x|y) = alpha' E[z|x, y] + beta' E[eps|x, y]: the mean of all u_t(x|z)."""
@@ -88,9 +87,10 @@ class Mixture:
     def posterior(self, path, x, t):
         """p_t(y|x) of the labels 0..9, (B, 10)."""
         anything = torch.full((len(x),), NULL)
-        p = self.p(path, x, t, anything)[:, :, 0]               # p_t(k|x)
+        offset, var = self.offset_and_var(path, x, t)
+        p = self.p(offset, var, anything)[:, :, 0]              # p_t(k|x), (K, B)
         of_class = F.one_hot(self.label, 10).to(x)              # (K, 10)
-        return p @ of_class
+        return p.T @ of_class
 
     def net(self, path):
         """The perfect network of this path, net(x, t, y) -> u."""
@@ -102,7 +102,7 @@ class Mixture:
 
     def draw(self, n, y=NULL):
         """n points of class y, or of the whole mixture, (n, D)."""
-        weight = self.log_weight(torch.tensor([y]))[0].exp()
+        weight = self.log_weight[:, y].exp()
         k = torch.multinomial(weight, n, replacement=True)
         return self.mu[k] + self.std[k, None] * torch.randn(n, self.mu.shape[1])
 
