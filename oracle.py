@@ -1,6 +1,7 @@
 """What a perfect network would return: exact fields of a labelled mixture of Gaussians.
 
 `python oracle.py` guides with these fields and prints what w does; no network, no training.
+`python oracle.py --figures` draws it as well: figures/oracle_line.png and figures/oracle_plane.png.
 
 The data are K Gaussians, component k with probability weight_k and label label_k:
 
@@ -15,12 +16,17 @@ k they are averaged over the components, with the weights p_t(k|x, y) of Bayes' 
 
 Shapes: x (B, D); t (B,) or a number; y (B,) int64, NULL for "any label"; paths as in paths.py.
 """
+import argparse
 import math
+from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
-from cfg_min import NULL, euler, euler_maruyama, guided_field
+import picture
+from cfg_min import NULL, euler, euler_maruyama, guide, guided_field, predictor_corrector
 from paths import CondOT
 
 
@@ -107,7 +113,11 @@ class Mixture:
         return self.mu[k] + self.std[k, None] * torch.randn(n, self.mu.shape[1])
 
 
+# ---------------------------------------------------------------- what w does, in numbers
+
 TWO = Mixture(mu=[[-1.0], [1.0]], std=[0.5, 0.5], weight=[0.5, 0.5], label=[0, 1])
+TRIANGLE = Mixture(mu=[[0.0, 1.0], [-0.87, -0.5], [0.87, -0.5]], std=[0.5] * 3, weight=[1 / 3] * 3,
+                   label=[0, 1, 2])
 
 
 def moments(x):
@@ -115,16 +125,21 @@ def moments(x):
     return x.mean().item(), x.std().item()
 
 
-def tilted_moments(mixture, y, w):
-    """Mean and standard deviation of the law p(.|y)^w p^(1-w), normalised on a grid of the line."""
-    grid = torch.linspace(-4, 8, 4001).double()[:, None]
+def tilted(mixture, y, w, grid):
+    """The law p(.|y)^w p^(1-w) on the points of a grid (N, D), of sum 1: (N,) float64."""
     given = torch.full((len(grid),), y)
     anything = torch.full((len(grid),), NULL)
-    log_p_y = mixture.log_p(CondOT(), grid, 1.0, given)
-    log_p = mixture.log_p(CondOT(), grid, 1.0, anything)
-    p = (w * log_p_y + (1 - w) * log_p).softmax(dim=0)
-    mean = (p * grid[:, 0]).sum()
-    var = (p * (grid[:, 0] - mean)**2).sum()
+    log_p_y = mixture.log_p(CondOT(), grid.double(), 1.0, given)
+    log_p = mixture.log_p(CondOT(), grid.double(), 1.0, anything)
+    return guide(log_p_y, log_p, w).softmax(dim=0)
+
+
+def tilted_moments(mixture, y, w):
+    """Mean and standard deviation of the tilted law on the line."""
+    grid = torch.linspace(-4, 8, 4001).double()
+    p = tilted(mixture, y, w, grid[:, None])
+    mean = (p * grid).sum()
+    var = (p * (grid - mean)**2).sum()
     return mean.item(), var.sqrt().item()
 
 
@@ -136,26 +151,119 @@ def best_mixture_moments(mean):
 
 def table(scales=(0, 1, 2, 3, 5, 8), n=4000, steps=100):
     """What w does, exactly: rows of w and (mean, std) of guided samples and of the laws that they
-    are said to follow: ODE, SDE, tilted law, best mixture."""
+    are said to follow: ODE, SDE, predictor-corrector, tilted law, best mixture."""
     torch.manual_seed(0)
+    path = CondOT()
+    net = TWO.net(path)
     y = torch.ones(n, dtype=torch.int64)
+    given_y = partial(net, y=y)                                         # u_t(x|y)
     rows = []
     for w in scales:
-        def field(x, t):
-            return guided_field(TWO.net(CondOT()), x, t, y, w)
-        ode = moments(euler(field, torch.randn(n, 1), steps))
-        sde = moments(euler_maruyama(field, torch.randn(n, 1), steps, CondOT()))
-        rows.append((w, ode, sde, tilted_moments(TWO, 1, w), best_mixture_moments(ode[0])))
+        guided = partial(guided_field, net, y=y, w=w)
+        ode = euler(guided, torch.randn(n, 1), steps)
+        sde = euler_maruyama(guided, torch.randn(n, 1), steps, path)
+        pc = predictor_corrector(given_y, guided, torch.randn(n, 1), steps, path, corrections=4)
+        mean, _ = moments(ode)
+        rows.append((w, moments(ode), moments(sde), moments(pc),
+                     tilted_moments(TWO, 1, w), best_mixture_moments(mean)))
     return rows
 
 
-def main():
+def print_table():
     print("two Gaussians at -1 and +1, std 0.5; y = +1; mean and standard deviation of\n"
-          "   w    guided ODE     guided SDE   p(.|y)^w p^(1-w)   best mixture of p(.|y) and p")
-    for w, ode, sde, tilted, mixture in table():
+          "   w    guided ODE    guided SDE    predictor-corrector   p(.|y)^w p^(1-w)   "
+          "best mixture")
+    for w, ode, sde, pc, law, mixture in table():
         print(f"{w:4d}  {ode[0]:6.2f} {ode[1]:5.2f}  {sde[0]:6.2f} {sde[1]:5.2f}   "
-              f"{tilted[0]:8.2f} {tilted[1]:5.2f}   {mixture[0]:12.2f} {mixture[1]:5.2f}")
+              f"{pc[0]:9.2f} {pc[1]:5.2f}     {law[0]:10.2f} {law[1]:5.2f}     "
+              f"{mixture[0]:7.2f} {mixture[1]:5.2f}")
+
+
+# ---------------------------------------------------------------- what w does, in pictures
+
+BINS = 128          # of a histogram along an axis, from -REACH to REACH
+REACH = 3.0
+
+
+def grey(density):
+    """A density (H, W) as uint8, its largest value white, two pixels a bin."""
+    image = (255 * density / density.max()).byte().numpy()
+    return image.repeat(2, axis=0).repeat(2, axis=1)
+
+
+def over_time(w, n=20000):
+    """p_t of the guided samples of TWO, y = +1: a column for each t, and behind, the tilted law.
+
+    The noise stands at the n quantiles of N(0, 1), so that the histograms have no grain.
+    """
+    columns = []
+
+    def watch(t, x):
+        column = torch.histc(x, BINS, -REACH, REACH)
+        columns.append(column / column.max())
+    guided = partial(guided_field, TWO.net(CondOT()), y=torch.ones(n, dtype=torch.int64), w=w)
+    share = (torch.arange(n) + 0.5) / n
+    x = euler(guided, torch.special.ndtri(share)[:, None], BINS, watch=watch)
+    watch(1.0, x)
+    line = torch.linspace(-REACH, REACH, BINS)[:, None]
+    law = tilted(TWO, 1, w, line).float()
+    columns += [0 * law] * 2 + [law / law.max()] * 12
+    return grey(torch.stack(columns, dim=1).flip(0))            # up is up
+
+
+def plane():
+    """The cells of the plane, from left to right, then down, (BINS^2, 2)."""
+    line = torch.linspace(-REACH, REACH, BINS)
+    up, right = torch.meshgrid(line.flip(0), line, indexing="ij")
+    return torch.stack([right.flatten(), up.flatten()], dim=1)
+
+
+def histogram(x):
+    """The share of the samples (n, 2) in each cell of the plane, (BINS, BINS)."""
+    counts, _ = torch.histogramdd(x.double(), BINS, range=[-REACH, REACH] * 2)
+    return counts.T.flip(0) / len(x)
+
+
+def in_plane(w=3, n=4000, steps=100):
+    """Four laws of TRIANGLE, y on top, (BINS, BINS): title -> share of each cell."""
+    torch.manual_seed(0)
+    path = CondOT()
+    net = TRIANGLE.net(path)
+    y = torch.zeros(n, dtype=torch.int64)
+    given_y = partial(net, y=y)
+    guided = partial(guided_field, net, y=y, w=w)
+    ode = euler(guided, torch.randn(n, 2), steps)
+    pc = predictor_corrector(given_y, guided, torch.randn(n, 2), steps, path, corrections=4)
+    return {
+        "data": histogram(TRIANGLE.draw(n, y=0)),
+        f"ode  w = {w}": histogram(ode),
+        f"pc  w = {w}": histogram(pc),
+        f"tilted  w = {w}": tilted(TRIANGLE, 0, w, plane()).view(BINS, BINS),
+    }
+
+
+def write_pictures(folder):
+    """oracle_line.png: p_t over time, w = 1, 3, 8. oracle_plane.png: four laws, p behind them."""
+    panels = [picture.framed(over_time(w), f"w = {w}") for w in (1, 3, 8)]
+    (folder / "oracle_line.png").write_bytes(picture.png(np.hstack(panels)))
+    behind = tilted(TRIANGLE, NULL, 1, plane()).view(BINS, BINS)
+    behind = behind / behind.max() / 3
+    panels = []
+    for title, law in in_plane().items():
+        law = law / law.max()
+        panels.append(picture.framed(grey(law.maximum(behind)), title))
+    (folder / "oracle_plane.png").write_bytes(picture.png(np.hstack(panels)))
+
+
+def main(figures=False):
+    print_table()
+    if figures:
+        folder = Path(__file__).parent / "figures"
+        write_pictures(folder)
+        print(f"wrote {folder}/oracle_line.png and oracle_plane.png")
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description="What guidance with scale w does, exactly.")
+    parser.add_argument("--figures", action="store_true", help="write figures/oracle_*.png as well")
+    main(parser.parse_args().figures)

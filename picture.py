@@ -19,7 +19,14 @@ FONT = {        # rows of dots, from the top; every character is 5 dots high
     "-": "... ... ### ... ...",
     "+": "... .#. ### .#. ...",
     "=": "... ### ... ### ...",
+    "a": "... .## #.# #.# .##",
+    "c": "... .## #.. #.. .##",
+    "d": "..# ..# .## #.# .##",
     "e": ".## #.# ### #.. .##",
+    "i": ".#. ... .#. .#. .#.",
+    "l": ".#. .#. .#. .#. .##",
+    "o": "... .#. #.# #.# .#.",
+    "p": "... ##. #.# ##. #..",
     "t": ".#. ### .#. .#. .##",
     "w": "#...# #...# #.#.# #.#.# .#.#.",
     " ": "... ... ... ... ...",
@@ -53,15 +60,22 @@ def png(grey):
     return out
 
 
-def panel(grid, *titles):
-    """Images (R, C, 32, 32) uint8 under titles, in a frame; an image is as wide as 4 characters."""
-    R, C = grid.shape[:2]
+def framed(image, *titles):
+    """An image (H, W) uint8 under titles, in a frame."""
+    H, W = image.shape
     lines = [text(title) for title in titles]
     head = LINE * len(lines)
-    width = max([32 * C, *(MARGIN + line.shape[1] for line in lines)])
-    picture = np.zeros((head + 32 * R, width), np.uint8)
-    picture[head:, :32 * C] = grid.transpose(0, 2, 1, 3).reshape(32 * R, 32 * C)
+    width = max([W, *(MARGIN + line.shape[1] for line in lines)])
+    picture = np.zeros((head + H, width), np.uint8)
+    picture[head:, :W] = image
     for k, line in enumerate(lines):
         top = LINE * k + 3
         picture[top:top + line.shape[0], MARGIN:MARGIN + line.shape[1]] = line
     return np.pad(picture, 4, constant_values=96)
+
+
+def panel(grid, *titles):
+    """Images (R, C, 32, 32) uint8, framed under titles; an image is as wide as 4 characters."""
+    R, C = grid.shape[:2]
+    image = grid.transpose(0, 2, 1, 3).reshape(32 * R, 32 * C)
+    return framed(image, *titles)
