@@ -133,19 +133,24 @@ def guided_field(net, x, t, y, w, away_from=NULL):
     return guide(cond, uncond, w)
 
 
-def classifier_guided_field(net, classifier, path, x, t, y, w):
-    """u_t(x|null) + w b_t grad log p_t(y|x); Lecture 4, "guidance with classifier".
-
-    classifier(x, t) -> logits (B, 10) of p_t(y|x); alpha_t > 0. Where y is NULL, nothing is added.
-    """
+def classifier_gradient(classifier, x, t, y):
+    """grad log p_t(y|x), like x; 0 where y is NULL. classifier(x, t) -> logits (B, 10)."""
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
     with torch.enable_grad():
-        x_ = x.detach().requires_grad_()
-        log_p = -F.cross_entropy(classifier(x_, t), y, ignore_index=NULL, reduction="sum")
-        grad_log_p, = torch.autograd.grad(log_p, x_)            # of log p_t(y|x), like x
+        x = x.detach().requires_grad_()
+        log_p = -F.cross_entropy(classifier(x, t), y, ignore_index=NULL, reduction="sum")
+        gradient, = torch.autograd.grad(log_p, x)
+    return gradient
+
+
+def classifier_guided_field(net, classifier, path, x, t, y, w):
+    """u_t(x|null) + w b_t grad log p_t(y|x); Lecture 4, "guidance with classifier"; alpha_t > 0.
+
+    It is also the corrected eps of the second "Guided sampling" in 003_da10c6c8947a0fc6.txt.
+    """
     null = torch.full_like(y, NULL)
     _, b = path.a_b(t, x)
-    return net(x, t, null) + w * b * grad_log_p
+    return net(x, t, null) + w * b * classifier_gradient(classifier, x, t, y)
 
 
 # ---------------------------------------------------------------- samplers
@@ -212,12 +217,14 @@ def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, randn=torch.randn_
     return x
 
 
-def ddim(field, x, steps, path, noise=0.0, t0=0.0, randn=torch.randn_like, watch=ignore):
-    """X_s = alpha_s z + sqrt(beta_s^2 - sigma^2) eps + sigma xi, with z and eps predicted at t.
+def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_like,
+         watch=ignore):
+    """X_s = mean + sigma xi, mean = alpha_s z + sqrt(beta_s^2 - sigma^2) eps, z and eps those of t.
 
     noise = 0 is DDIM, on CondOT exactly Euler. noise = 1 is DDPM's ancestral sampler: sigma^2 is
-    beta~, the variance of q(x_s|x_t, z). Song et al. 2021 (DDIM), eq. 12 and 16;
-    003_da10c6c8947a0fc6.txt.
+    beta~, the variance of q(x_s|x_t, z). Song et al. 2021 (DDIM), eq. 12 and 16.
+    push(mean, s) -> w grad log p_s(y|mean) is classifier guidance step by step: sigma^2 times it is
+    added to the mean; the first "Guided sampling" of 003_da10c6c8947a0fc6.txt, which misprints sigma.
     """
     for t, s in times(steps, t0):
         watch(t, x)
@@ -231,7 +238,9 @@ def ddim(field, x, steps, path, noise=0.0, t0=0.0, randn=torch.randn_like, watch
         # back again, Bayes' rule leaves of it
         variance = (beta_s / beta)**2 * added                   # beta~
         sigma = noise * variance.clamp(min=0).sqrt()
-        x = alpha_s * z + (beta_s**2 - sigma**2).sqrt() * eps
+        x = alpha_s * z + (beta_s**2 - sigma**2).sqrt() * eps   # the mean
+        if push is not None:
+            x = x + sigma**2 * push(x, s)
         if noise:
             x = x + sigma * randn(x)
     return x
