@@ -4,16 +4,18 @@ import io
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 import mnist
 import picture
 from cfg_min import (NULL, classifier_guided_field, ddim, euler, euler_maruyama, guided_field, heun,
-                     ignore, times)
+                     ignore, predictor_corrector, times)
 from checkpoint import FIELDS, LATENT_SHAPE, PIXELS_SHAPE, autocast, pick_device
 from command import BadInput, number, run, write_whole
 from mnist import to_bytes
@@ -27,6 +29,7 @@ SAMPLERS = {    # what each takes beside (field, x, steps, t0, watch)
     "heun": (heun, ()),
     "em": (euler_maruyama, ("path", "randn", "sigma")),
     "ddim": (ddim, ("path", "randn", "noise")),
+    "pc": (predictor_corrector, ("path", "randn", "corrector", "corrections")),
 }
 
 
@@ -45,42 +48,57 @@ def noise_of(seed, ids, shape):
 def generate(field, y, shape, seed, sampler, steps, options, t0=0.0, watch=ignore):
     """Samples, chunk by chunk: yields x at t = 1, (B, *shape), for the next B of the labels y (N,).
 
-    field(x, t, y) -> u. options: what the sampler takes beside its usual arguments. Sample i is
-    made of random numbers of (seed, i) alone: N and CHUNK do not change it.
+    field(x, t, y) -> u. options: what the sampler takes beside its usual arguments; a corrector is
+    a field as well. Sample i is made of random numbers of (seed, i) alone, whatever N and CHUNK.
     """
     simulate, takes = SAMPLERS[sampler]
     for ids in torch.arange(len(y)).split(CHUNK):
         labels = y[ids]
         randn = noise_of(seed, ids.tolist(), shape)
+        given = dict(options)
         if "randn" in takes:
-            options = {**options, "randn": randn}
-
-        def field_of_labels(x, t):
-            return field(x, t, labels)
-        yield simulate(field_of_labels, randn(y), steps, t0=t0, watch=watch, **options)
+            given["randn"] = randn
+        if "corrector" in takes:
+            given["corrector"] = partial(options["corrector"], y=labels)
+        field_of_labels = partial(field, y=labels)
+        yield simulate(field_of_labels, x=randn(y), steps=steps, t0=t0, watch=watch, **given)
 
 
 class Trajectory:
     """x_t at the sampler's first step from t = 0, 0.1, ..., 0.9 on, and at the end."""
 
-    def __init__(self, steps, t0, to_images):
+    def __init__(self, steps, t0):
         starts = [t for t, _ in times(steps, t0)]
         self.moments = []
         for k in range(FRAMES - 1):
             later = [t for t in starts if t > k / (FRAMES - 1) - 1e-6]
             self.moments.append(min(later, default=1.0))
-        self.moments.append(1.0)
-        self.to_images = to_images
-        self.seen = {t: [] for t in self.moments}           # lists of chunks of images
+        self.seen = {t: [] for t in self.moments}           # lists of chunks of x
 
     def watch(self, t, x):
         if t in self.seen:
-            self.seen[t].append(self.to_images(x))
+            self.seen[t].append(x)
 
-    def frames(self, images):
-        """(N, 11, 32, 32), with the final images (N, 32, 32) as the last."""
-        self.seen[1.0] = [images]
-        return torch.stack([torch.cat(self.seen[t]) for t in self.moments], dim=1)
+    def frames(self, model, field, y, images):
+        """Three rows of 11 images a sample, (3 N, 11, 32, 32): x_t; the guess of its end, E[z|x_t]
+        of the guided field; where u_t(x|y) and u_t(x|null) differ, white from 1 on."""
+        columns = []
+        for t in self.moments:
+            x = torch.cat(self.seen[t])
+            guess = model.path.u_to_data(field(x, t, y), x, t)
+            shows = label_shows(model, x, t, y)
+            columns.append([model.to_images(x), model.to_images(guess), shows])
+        columns.append([images, images, torch.zeros_like(images)])
+        frames = torch.stack([torch.stack(column, dim=1) for column in columns], dim=2)
+        return frames.flatten(0, 1)                         # (N, 3, 11, 32, 32) -> (3 N, ...)
+
+
+def label_shows(model, x, t, y):
+    """|u_t(x|y) - u_t(x|null)|, mean over channels, as images (N, 32, 32) uint8."""
+    null = torch.full_like(y, NULL)
+    difference = model.net(x, t, y) - model.net(x, t, null)
+    size = F.interpolate(difference.abs().mean(dim=1, keepdim=True), (32, 32))
+    return to_bytes(2 * size - 1)[:, 0]
 
 
 # ---------------------------------------------------------------- what is sampled from
@@ -155,15 +173,15 @@ def find_judge(model, guides):
     return None, None
 
 
-def guided(model, judge, guidance, interval, w):
-    """The guided field (x, t, y) -> u that --guidance, --interval and --w ask for."""
-    low, high = interval
+def guided(model, judge, options, w):
+    """The guided field (x, t, y) -> u of scale w; options: --guidance, --interval, --away-from."""
+    low, high = options.interval
 
     def field(x, t, y):
         scale = w if low <= t <= high else 1.0
-        if guidance == "classifier":
+        if options.guidance == "classifier":
             return classifier_guided_field(model.net, judge, model.path, x, t, y, scale)
-        return guided_field(model.net, x, t, y, scale)
+        return guided_field(model.net, x, t, y, scale, options.away_from)
     return field
 
 
@@ -227,21 +245,28 @@ def parse(argv=None):
     add("--label", type=int, choices=range(10), help="default: 0, 1, ..., 9 in turn")
     add("--n", type=many, help="samples for each w (100, and 10 of the null label)")
     add("--steps", type=many, default=50, help="of the sampler (50)")
-    add("--sampler", choices=SAMPLERS, default="euler", help="em is Euler-Maruyama")
+    add("--sampler", choices=SAMPLERS, default="euler", 
+        help="em: Euler-Maruyama; pc: predictor-corrector")
     add("--sigma", type=number(float, 0, 1e3), help="of em: constant (sqrt(2 beta_t))")
     add("--noise", type=share, help="of ddim: 0 is DDIM, 1 DDPM's ancestral sampler (0)")
+    add("--corrections", type=many, help="of pc: Langevin steps after each step (1)")
     add("--guidance", choices=("cfg", "classifier"), default="cfg")
+    add("--away-from", type=int, choices=range(10), default=NULL, metavar="Y'",
+        help="the label that guidance leads away from (null)")
     add("--interval", type=share, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
         help="t with guidance, w = 1 outside; Kynkaanniemi et al. 2024 (0 1)")
     add("--seed", type=number(int, 0, 2**32), default=0)
     add("--out", default="samples.png", metavar="FILE.png|FILE.npz")
-    add("--trajectory", action="store_true", help="show x_t from noise to digit")
+    add("--trajectory", action="store_true", 
+        help="show x_t from noise to digit, its guess of the digit, and where the label tells")
     add("--device", help="cuda where there is one, else cpu")
     options = p.parse_args(argv)
     _, takes = SAMPLERS[options.sampler]
-    for name in ("noise", "sigma"):
+    for name in ("noise", "sigma", "corrections"):
         if getattr(options, name) is not None and name not in takes:
             p.error(f"{options.sampler} takes no --{name}")
+    if options.guidance == "classifier" and options.away_from != NULL:
+        p.error("--guidance classifier takes no --away-from")
     if options.interval[0] > options.interval[1]:
         p.error("--interval LO HI needs LO <= HI")
     if options.out[-4:] not in (".png", ".npz"):
@@ -264,10 +289,11 @@ def labels_of(options):
     return y, min(rows, n)
 
 
-def sampler_options(options, path):
+def sampler_options(options, path, corrector):
     """What the chosen sampler takes beside its usual arguments, randn apart."""
     _, takes = SAMPLERS[options.sampler]
-    given = dict(path=path, sigma=options.sigma, noise=options.noise)
+    given = dict(path=path, sigma=options.sigma, noise=options.noise, corrector=corrector,
+                 corrections=options.corrections)
     return {name: value for name, value in given.items() if name in takes and value is not None}
 
 
@@ -283,19 +309,25 @@ def main(argv=None):
     t0 = first_time(model, options.guidance)
     panels = []
     for w in options.w:
-        field = guided(model, judge, options.guidance, options.interval, w)
-        trajectory = Trajectory(options.steps, t0, model.to_images) if options.trajectory else None
+        towards_w = guided(model, judge, options, w)
+        field = towards_w
+        if options.sampler == "pc":             # predicts with u_t(x|y), corrects towards w
+            field = guided(model, judge, options, 1.0)
+        trajectory = Trajectory(options.steps, t0) if options.trajectory else None
         watch = trajectory.watch if trajectory else ignore
         images = []
         for x in generate(field, y, model.shape(), options.seed, options.sampler, options.steps,
-                          sampler_options(options, model.path), t0, watch):
+                          sampler_options(options, model.path, towards_w), t0, watch):
             if not x.isfinite().all():
                 raise BadInput("the samples are not finite: try a smaller --w")
             images.append(model.to_images(x))
         images = torch.cat(images)
         if judge:
             report(w, images, y, judge, judge_file, model.config["real_diversity"])
-        grid = trajectory.frames(images) if trajectory else by_label(images, rows)
+        if trajectory:
+            grid = trajectory.frames(model, towards_w, y, images)
+        else:
+            grid = by_label(images, rows)
         panels.append(titled(w, grid, trajectory))
     write(options.out, panels, images, y)
     print(f"wrote {options.out}: {len(options.w) * len(y)} samples of {model.file}, "
