@@ -153,7 +153,7 @@ def test_the_trajectory_has_a_row_a_label_and_a_column_a_moment(run, unet):
 
 @pytest.fixture
 def idx_folder(tmp_path, few):
-    """A folder of the few digits as MNIST's four IDX files: 0, 8, the rank, the sizes, the bytes."""
+    """A folder of the few digits as four IDX files: 0, 8, the rank, the sizes, the bytes."""
     folder = tmp_path / "idx"
     folder.mkdir()
     with np.load(few) as npz:
@@ -227,7 +227,8 @@ def recorder(run, monkeypatch):
     Its digits are squares of one grey: digit k is 20 k + 10 all over.
     """
     labels = np.arange(1000) % 10
-    images = np.zeros((1000, 28, 28), np.uint8) + (20 * labels + 10).astype(np.uint8)[:, None, None]
+    grey = (20 * labels + 10).astype(np.uint8)
+    images = np.tile(grey[:, None, None], (1, 28, 28))
     np.savez("grey.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
     monkeypatch.setitem(checkpoint.NETS, "unet", Recorder)
     monkeypatch.setattr(Recorder, "seen", [])
@@ -235,7 +236,8 @@ def recorder(run, monkeypatch):
     def record(options):
         assert run(f"train.py --arch unet --data grey.npz --steps 4 --batch 500 {options}") == 0
         assert len(Recorder.seen) == 4
-        return [torch.cat([batch[key] for batch in Recorder.seen]) for key in ("x", "t", "y", "target")]
+        keys = "x", "t", "y", "target"
+        return [torch.cat([batch[key] for batch in Recorder.seen]) for key in keys]
     return record
 
 
@@ -252,7 +254,7 @@ def digit_of(z):
 @pytest.mark.parametrize("predict", ["u", "eps"])
 @pytest.mark.parametrize("name", PATHS)
 def test_training_aims_at_u_or_eps_and_gives_each_digit_its_label(recorder, name, predict):
-    """x = alpha z + beta eps of a digit z, y its label; the target is alpha' z + beta' eps, or eps."""
+    """x = alpha z + beta eps, y the label of z; the target is alpha' z + beta' eps, or eps."""
     x, t, y, target = recorder(f"--eta 0 --path {name} --predict {predict}")
     path = PATHS[name]
     alpha, beta, _, _ = path.at(t, x)
@@ -693,16 +695,13 @@ def test_a_bug_in_sampling_is_not_bad_input(run, unet, monkeypatch, where, what)
 
 @pytest.mark.parametrize("where, what", [
     (torch.cuda, "is_available"), (mnist, "load"), (mnist, "diversity"), (UNet, "__init__"),
-    (train, "draw_batch"), (train, "loss_of"), (checkpoint, "save"), (train, "restore"),
+    (train, "draw_batch"), (train, "loss_of"), (checkpoint, "save"),
 ])
-def test_a_bug_in_training_is_not_bad_input(run, unet, monkeypatch, where, what):
-    """Likewise, in a run that is resumed."""
-    assert run(f"{SHORT_UNET} --out a.pt") == 0
-    whole = contents("a.pt")
-    assert whole["step"] == 6
+def test_a_bug_in_training_is_not_bad_input(run, monkeypatch, where, what):
+    """Likewise."""
     monkeypatch.setattr(where, what, stumble)
     with pytest.raises(Bug):
-        run(f"{SHORT_UNET} --out a.pt --resume")
+        run(SHORT_UNET)
 
 
 # ---------------------------------------------------------------- bad input
@@ -734,7 +733,10 @@ def write_bad_checkpoints(good):
     foreign = dict(config=dict(arch="dit", net={}), weights=whole["weights"])
     torch.save(foreign, "foreign.pt")
     write_forged(good, "forged.pt")
-    torch.jit.save(torch.jit.script(nn.Identity()), "script.pt")
+    Path("script.pt").write_bytes(raw)
+    with zipfile.ZipFile("script.pt", "a") as parts:        # so torch takes it for TorchScript
+        folder, _ = parts.namelist()[0].split("/", 1)
+        parts.writestr(f"{folder}/constants.pkl", b"")
     bare = dict(whole, config=dict(arch="unet", net={}))
     torch.save(bare, "bare.pt")
     changes = {
