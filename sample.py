@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import checkpoint
 import mnist
 import picture
-from cfg_min import (NULL, classifier_guided_field, ddim, euler, euler_maruyama, guided_field, heun,
-                     ignore, predictor_corrector, times)
+from cfg_min import (NULL, classifier_gradient, classifier_guided_field, ddim, euler,
+                     euler_maruyama, guided_field, heun, ignore, predictor_corrector, times)
 from checkpoint import FIELDS, LATENT_SHAPE, PIXELS_SHAPE, autocast, pick_device
 from command import BadInput, number, run, write_whole
 from mnist import to_bytes
@@ -28,7 +28,7 @@ SAMPLERS = {    # what each takes beside (field, x, steps, t0, watch)
     "euler": (euler, ()),
     "heun": (heun, ()),
     "em": (euler_maruyama, ("path", "randn", "sigma")),
-    "ddim": (ddim, ("path", "randn", "noise")),
+    "ddim": (ddim, ("path", "randn", "noise", "push")),
     "pc": (predictor_corrector, ("path", "randn", "corrector", "corrections")),
 }
 
@@ -48,8 +48,8 @@ def noise_of(seed, ids, shape):
 def generate(field, y, shape, seed, sampler, steps, options, t0=0.0, watch=ignore):
     """Samples, chunk by chunk: yields x at t = 1, (B, *shape), for the next B of the labels y (N,).
 
-    field(x, t, y) -> u. options: what the sampler takes beside its usual arguments; a corrector is
-    a field as well. Sample i is made of random numbers of (seed, i) alone, whatever N and CHUNK.
+    field(x, t, y) -> u. options: what the sampler takes beside its usual arguments; its functions
+    take y as well. Sample i is made of random numbers of (seed, i) alone, whatever N and CHUNK.
     """
     simulate, takes = SAMPLERS[sampler]
     for ids in torch.arange(len(y)).split(CHUNK):
@@ -58,8 +58,9 @@ def generate(field, y, shape, seed, sampler, steps, options, t0=0.0, watch=ignor
         given = dict(options)
         if "randn" in takes:
             given["randn"] = randn
-        if "corrector" in takes:
-            given["corrector"] = partial(options["corrector"], y=labels)
+        for name in ("corrector", "push"):
+            if name in options:
+                given[name] = partial(options[name], y=labels)
         field_of_labels = partial(field, y=labels)
         yield simulate(field_of_labels, x=randn(y), steps=steps, t0=t0, watch=watch, **given)
 
@@ -181,8 +182,22 @@ def guided(model, judge, options, w):
         scale = w if low <= t <= high else 1.0
         if options.guidance == "classifier":
             return classifier_guided_field(model.net, judge, model.path, x, t, y, scale)
+        if options.guidance == "mean":          # the sampler's push does it
+            scale = 0
         return guided_field(model.net, x, t, y, scale, options.away_from)
     return field
+
+
+def pushed(judge, options, w):
+    """push(x, t, y) = w grad log p_t(y|x) that --guidance mean asks for, else None."""
+    if options.guidance != "mean":
+        return None
+    low, high = options.interval
+
+    def push(x, t, y):
+        scale = w if low <= t <= high else 1.0
+        return scale * classifier_gradient(judge, x, t, y)
+    return push
 
 
 def first_time(model, guidance):
@@ -193,6 +208,16 @@ def first_time(model, guidance):
 
 
 # ---------------------------------------------------------------- what is said and shown
+
+def images_of(model, samples):
+    """Chunks of x at t = 1 as images (N, 32, 32) uint8. Raises BadInput."""
+    images = []
+    for x in samples:
+        if not x.isfinite().all():
+            raise BadInput("the samples are not finite: try a smaller --w")
+        images.append(model.to_images(x))
+    return torch.cat(images)
+
 
 def report(w, images, y, judge, judge_file, real_diversity):
     """Say how many samples are read as their label, and how diverse they are in their classes."""
@@ -245,19 +270,20 @@ def parse(argv=None):
     add("--label", type=int, choices=range(10), help="default: 0, 1, ..., 9 in turn")
     add("--n", type=many, help="samples for each w (100, and 10 of the null label)")
     add("--steps", type=many, default=50, help="of the sampler (50)")
-    add("--sampler", choices=SAMPLERS, default="euler", 
+    add("--sampler", choices=SAMPLERS, default="euler",
         help="em: Euler-Maruyama; pc: predictor-corrector")
     add("--sigma", type=number(float, 0, 1e3), help="of em: constant (sqrt(2 beta_t))")
     add("--noise", type=share, help="of ddim: 0 is DDIM, 1 DDPM's ancestral sampler (0)")
     add("--corrections", type=many, help="of pc: Langevin steps after each step (1)")
-    add("--guidance", choices=("cfg", "classifier"), default="cfg")
+    add("--guidance", choices=("cfg", "classifier", "mean"), default="cfg",
+        help="by a noisy classifier: of the field, or of the mean of each step of ddim (cfg)")
     add("--away-from", type=int, choices=range(10), default=NULL, metavar="Y'",
         help="the label that guidance leads away from (null)")
     add("--interval", type=share, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
         help="t with guidance, w = 1 outside; Kynkaanniemi et al. 2024 (0 1)")
     add("--seed", type=number(int, 0, 2**32), default=0)
     add("--out", default="samples.png", metavar="FILE.png|FILE.npz")
-    add("--trajectory", action="store_true", 
+    add("--trajectory", action="store_true",
         help="show x_t from noise to digit, its guess of the digit, and where the label tells")
     add("--device", help="cuda where there is one, else cpu")
     options = p.parse_args(argv)
@@ -265,8 +291,10 @@ def parse(argv=None):
     for name in ("noise", "sigma", "corrections"):
         if getattr(options, name) is not None and name not in takes:
             p.error(f"{options.sampler} takes no --{name}")
-    if options.guidance == "classifier" and options.away_from != NULL:
-        p.error("--guidance classifier takes no --away-from")
+    if options.guidance != "cfg" and options.away_from != NULL:
+        p.error(f"--guidance {options.guidance} takes no --away-from")
+    if options.guidance == "mean" and not options.noise:
+        p.error("--guidance mean goes with --sampler ddim --noise 1")
     if options.interval[0] > options.interval[1]:
         p.error("--interval LO HI needs LO <= HI")
     if options.out[-4:] not in (".png", ".npz"):
@@ -289,11 +317,11 @@ def labels_of(options):
     return y, min(rows, n)
 
 
-def sampler_options(options, path, corrector):
+def sampler_options(options, path, corrector, push):
     """What the chosen sampler takes beside its usual arguments, randn apart."""
     _, takes = SAMPLERS[options.sampler]
     given = dict(path=path, sigma=options.sigma, noise=options.noise, corrector=corrector,
-                 corrections=options.corrections)
+                 corrections=options.corrections, push=push)
     return {name: value for name, value in given.items() if name in takes and value is not None}
 
 
@@ -303,7 +331,7 @@ def main(argv=None):
     began = time.time()
     device = pick_device(options.device)
     model = Model(options.ckpt, device)
-    judge, judge_file = find_judge(model, guides=options.guidance == "classifier")
+    judge, judge_file = find_judge(model, guides=options.guidance != "cfg")
     y, rows = labels_of(options)
     y = y.to(device)
     t0 = first_time(model, options.guidance)
@@ -313,15 +341,12 @@ def main(argv=None):
         field = towards_w
         if options.sampler == "pc":             # predicts with u_t(x|y), corrects towards w
             field = guided(model, judge, options, 1.0)
+        given = sampler_options(options, model.path, towards_w, pushed(judge, options, w))
         trajectory = Trajectory(options.steps, t0) if options.trajectory else None
         watch = trajectory.watch if trajectory else ignore
-        images = []
-        for x in generate(field, y, model.shape(), options.seed, options.sampler, options.steps,
-                          sampler_options(options, model.path, towards_w), t0, watch):
-            if not x.isfinite().all():
-                raise BadInput("the samples are not finite: try a smaller --w")
-            images.append(model.to_images(x))
-        images = torch.cat(images)
+        samples = generate(field, y, model.shape(), options.seed, options.sampler, options.steps,
+                           given, t0, watch)
+        images = images_of(model, samples)
         if judge:
             report(w, images, y, judge, judge_file, model.config["real_diversity"])
         if trajectory:
