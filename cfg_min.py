@@ -13,6 +13,7 @@ that u_t(x|NULL) is u_t(x). The guided field goes from the one through the other
 Shapes: x, z, eps (B, ...); t (B,) or a number, 0 noise, 1 data; y (B,) int64;
 net(x, t, y) -> (B, ...), like x.
 """
+import math
 from itertools import pairwise
 
 import torch
@@ -71,27 +72,26 @@ def logit_normal(n, mean, std, device=None):
 #
 # u, or eps, or z: paths.py turns each into u, so the choice is free. An error of eps becomes one of
 # u, D/alpha times as large: much while t is small; an error of z, D/beta times: much near t = 1.
-# Data lie within +-limit, and so does E[z|x]: z is held there, as Ho et al. 2020 hold it.
+# Data lie between low and high, and so does E[z|x]: z is held there, as Ho et al. 2020 hold it.
 
-def held(z, limit):
-    """z within +-limit, in value but not in gradient: an output beyond it can learn to return."""
-    return z + (z.clamp(-limit, limit) - z).detach()
+def held(z, low, high):
+    """z within [low, high], in value but not in gradient: what lies outside can learn to return."""
+    return z + (z.clamp(low, high) - z).detach()
 
 
-
-def u_from_z(net, path, limit, last_t=0.999):
+def u_from_z(net, path, low=-math.inf, high=math.inf, last_t=0.999):
     """A network that predicts z, as a vector field net(x, t, y) -> u = (D z + beta' x) / beta.
 
     After last_t, where beta goes to 0, the time stands still: a solver may ask at t = 1.
     """
     def field(x, t, y):
-        z = held(net(x, t, y), limit)
+        z = held(net(x, t, y), low, high)
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device)
         return path.data_to_u(z, x, t.clamp(max=last_t))
     return field
 
 
-def u_from_eps(net, path, limit, first_t=0.001):
+def u_from_eps(net, path, low, high, first_t=0.001):
     """A network that predicts eps, as a vector field net(x, t, y) -> u, by the z that it implies.
 
     Before first_t, where alpha goes to 0 and eps says nothing of z, the time stands still.
@@ -101,7 +101,7 @@ def u_from_eps(net, path, limit, first_t=0.001):
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device).clamp(min=first_t)
         u = path.eps_to_u(eps, x, t)
         return path.u_to_data(u, x, t)
-    return u_from_z(implied_z, path, limit)
+    return u_from_z(implied_z, path, low, high)
 
 
 # ---------------------------------------------------------------- guidance
