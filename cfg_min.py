@@ -197,8 +197,8 @@ def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, randn=torch.randn_
 
     As score = -eps / beta_t, the drift is u - k_t eps with k_t = sigma_t^2 / (2 beta_t).
     sigma None chooses k_t = 1, which is singular nowhere (on CondOT sigma_t = sqrt(2 (1 - t)) and
-    the drift is (1 + t) u - x); a number is sigma_t itself. sigma_t is at most sqrt(2/h) beta_s:
-    a step must not put in more noise than the path has left.
+    the drift is (1 + t) u - x); a number is sigma_t itself. sigma_t is at most beta_s / sqrt(h):
+    a step must not put in more noise, of variance h sigma_t^2, than the path has left, beta_s^2.
     """
     for t, s in times(steps, t0):
         watch(t, x)
@@ -209,7 +209,7 @@ def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, randn=torch.randn_
             sigma_t = (2 * beta).sqrt()
         else:
             sigma_t = torch.full_like(beta, sigma)
-        sigma_t = sigma_t.minimum((2 / h)**0.5 * beta_s)
+        sigma_t = sigma_t.minimum(beta_s / h**0.5)
         k = sigma_t**2 / (2 * beta)
         u = field(x, t)
         drift = u - k * path.u_to_eps(u, x, t)
