@@ -393,6 +393,24 @@ def test_classifier_guidance_adds_nothing_where_there_is_no_label(path, w, x):
     close(field, MIX.u(path, x, 0.5, null))
 
 
+@ALL_PATHS
+@SCALES
+def test_two_networks_guide_as_one_with_a_null_label_does(path, w, x):
+    """`001`: "There are still 2 models", u(x|y) and u(x). `000`: "nothing is something": one."""
+    unlabelled = oracle.Mixture(MIX.mu, MIX.std, MIX.weight, label=[0, 0, 0, 0])
+
+    def conditional(x, t, y):
+        assert (y != NULL).all()
+        return MIX.u(path, x, t, y)
+
+    def unconditional(x, t):
+        return unlabelled.u(path, x, t, labels(0, x))
+
+    for t in TIMES:
+        two = guide(conditional(x, t, MANY), unconditional(x, t), w)
+        close(guided_field(MIX.net(path), x, t, MANY, w), two)
+
+
 def loop_guided(net, x, t, y, w):
     """(1 - w) net(x, t, null) + w net(x, t, y), by two calls."""
     null = labels(NULL, x)
@@ -534,10 +552,24 @@ def test_dsm_loss_sample_by_sample(path, eta):
     eps_theta = tiny(x, t, y_seen)
     close(loss, ((eps_theta - eps)**2).mean(), 1e-6)
 
+
+@ALL_PATHS
+def test_printed_dsm_loss_is_ours_over_beta_squared(path):
+    """`002`: || s_theta - grad log p_t(x|z) ||^2 is || eps_theta - eps ||^2 / beta_t^2.
+
+    Both have one minimum at each t. But on CondOT the printed one's mean over t is infinite, as
+    int dt / (1 - t)^2 is: a few late t are nearly all of it.
+    """
+    ours, z, y, x, t, (y_seen,) = run_loss(cfg_min.cfg_dsm_loss, tiny, path)
     alpha, beta, _, _ = path.at(t, z)
-    score = gradient(Normal(alpha * z, beta.expand_as(z)).log_prob, x)
-    s_theta = -eps_theta / beta
-    close(loss, (beta**2 * (s_theta - score)**2).mean(), 1e-6)
+    score = gradient(Normal(alpha * z, beta.expand_as(z)).log_prob, x)      # grad log p_t(x|z)
+    s_theta = -tiny(x, t, y_seen) / beta
+    printed = ((s_theta - score)**2).mean(dim=(1, 2, 3))            # (B,)
+    close(ours, (beta.flatten()**2 * printed).mean(), 1e-6)
+    if path is PATHS["condot"]:
+        late = t > 0.99
+        assert late.double().mean() < 0.02
+        assert printed[late].sum() > 0.9 * printed.sum()
 
 
 def test_cfm_loss_takes_another_law_of_t():
@@ -553,6 +585,20 @@ def test_logit_normal(mean):
     torch.manual_seed(0)
     t = cfg_min.logit_normal(40000, mean=mean).double()
     assert law_distance(t.logit() - mean, normal_cdf) < 0.008
+
+
+@ALL_PATHS
+def test_u_from_eps_is_u_with_z_held_in_its_limits(path, x):
+    """u = alpha' z + beta' eps for the clamped z = (x - beta eps_theta) / alpha, and eps by it."""
+    def net(x, t, y):
+        return MIX.data_and_eps(path, x, t, y)[1]
+
+    for t in TIMES:
+        z, _ = MIX.data_and_eps(path, x, t, MANY)
+        free = cfg_min.u_from_eps(net, path, limit=9.0)(x, t, MANY)
+        close(free, MIX.u(path, x, t, MANY), 1e-6)
+        held = cfg_min.u_from_eps(net, path, limit=0.3)(x, t, MANY)
+        close(path.u_to_data(held, x, t), z.clamp(-0.3, 0.3), 1e-6)
 
 
 @ALL_PATHS
@@ -586,51 +632,80 @@ def test_classifier_loss_is_least_at_the_exact_posterior():
 
 # ---------------------------------------------------------------- DDPM (`003`)
 
-BETAS = line(1e-4, 0.02, 1000)                  # Ho et al. 2020
-ABAR = torch.cumprod(1 - BETAS, 0)
+T = 1000
+BETAS = line(1e-4, 0.02, T)                     # of steps 1 ... T; Ho et al. 2020
+ABAR = torch.cat([double([1.0]), torch.cumprod(1 - BETAS, dim=0)])          # of times 0 ... T
 
 
-def mu_of(x, eps, a, abar):
-    """mu_theta = x / sqrt(a) - (1 - a) / sqrt(a (1 - abar)) eps."""
+def rates(k):
+    """a_k = 1 - beta_k, abar_k, abar_(k-1) and beta~_k; `003` writes t for k, alpha for a."""
+    a, abar, prev = 1 - BETAS[k - 1], ABAR[k], ABAR[k - 1]
+    return a, abar, prev, (1 - a) * (1 - prev) / (1 - abar)
+
+
+def mu_of(x, eps, k):
+    """mu_theta = x / sqrt(a) - (1 - a) / sqrt(a (1 - abar)) eps_theta."""
+    a, abar, _, _ = rates(k)
     return x / a.sqrt() - (1 - a) / (a * (1 - abar)).sqrt() * eps
 
 
 class Chain(GaussianPath):
-    """Step k of the discrete chain at t = 0, step k - 1 at t = 1; the slopes do not matter here."""
+    """The chain as a path: abar_k from t = 1 - k/T on. Any slopes do: they only name u."""
 
-    def __init__(self, k):
-        self.k = k
-
-    def abar(self, t):
-        return torch.where(t < 0.5, ABAR[self.k], ABAR[self.k - 1])
-
-    def alpha(self, t): return self.abar(t).sqrt()
-    def beta(self, t): return (1 - self.abar(t)).sqrt()
+    def step(self, t): return (T * (1 - t) - 1e-6).ceil().long()
+    def alpha(self, t): return ABAR[self.step(t)].sqrt()
+    def beta(self, t): return (1 - ABAR[self.step(t)]).sqrt()
     def d_alpha(self, t): return torch.ones_like(t)
     def d_beta(self, t): return -torch.ones_like(t)
 
 
-STEPS = pytest.mark.parametrize("k", [2, 50, 500, 999])
+STEPS = pytest.mark.parametrize("k", [2, 50, 500, 1000])
 
 
-def test_ddpm_path_is_the_discrete_chain():
+def test_steps_of_the_chain_compose_to_abar():
+    """q(x_t|x_{t-1}) = N(sqrt(a) x_{t-1}, 1 - a), t times: N(sqrt(abar) x_0, 1 - abar)."""
+    scale = double(1.0)
+    var = double(0.0)
+    for k in range(1, T + 1):
+        a, abar, _, _ = rates(k)
+        scale = a.sqrt() * scale
+        var = a * var + (1 - a)
+        close(scale, abar.sqrt())
+        close(var, 1 - abar)
+
+
+def test_ddpm_path_is_the_chain_in_continuous_time():
     """alpha = sqrt(abar) at t = 1 - t_DDPM/T, and alpha^2 + beta^2 = 1."""
-    t = 1 - torch.arange(1, 1001).double() / 1000
+    t = 1 - torch.arange(T + 1).double() / T
     close(DDPM().alpha(t), ABAR.sqrt(), 2e-3)
-    close(DDPM().alpha(t)**2 + DDPM().beta(t)**2, torch.ones(1000))
+    close(DDPM().alpha(t)**2 + DDPM().beta(t)**2, torch.ones(T + 1))
+    close(Chain().alpha(t), ABAR.sqrt())
+
+
+def test_l_simple_is_our_dsm_loss_on_the_chain():
+    """|| eps - eps_theta(sqrt(abar_k) x_0 + sqrt(1 - abar_k) eps, k) ||^2 for k ~ U{1, ..., T}."""
+    loss, z, y, x, t, (y_seen,) = run_loss(cfg_min.cfg_dsm_loss, tiny, Chain(), eta=0.0)
+    k = Chain().step(double(t))
+    assert k.min() >= 1
+    assert k.max() <= T
+    assert law_distance(k / T, uniform_cdf) < 0.025
+    abar = ABAR[k].view(-1, 1, 1, 1)
+    eps = (x - abar.sqrt() * z) / (1 - abar).sqrt()
+    assert law_distance(eps.flatten(), normal_cdf) < 0.015
+    close(loss, ((eps - tiny(x, t, y))**2).mean(), 1e-6)
 
 
 @STEPS
 def test_posterior_of_a_step_is_the_product_of_two_gaussians(k, x):
     """q(x_{t-1}|x_t, x_0) ~ N(x_{t-1}; sqrt(prev) x_0, 1 - prev) N(x_t; sqrt(a) x_{t-1}, 1 - a)."""
-    a, abar, prev = 1 - BETAS[k], ABAR[k], ABAR[k - 1]
+    a, abar, prev, var = rates(k)
     eps = torch.randn_like(x)
     x_t = abar.sqrt() * x + (1 - abar).sqrt() * eps
     precision = 1 / (1 - prev) + a / (1 - a)
     mean = (prev.sqrt() * x / (1 - prev) + a.sqrt() * x_t / (1 - a)) / precision
-    close(1 / precision, BETAS[k] * (1 - prev) / (1 - abar))        # beta~
+    close(1 / precision, var)                   # beta~
     close(((1 - a) * prev.sqrt() * x + a.sqrt() * (1 - prev) * x_t) / (1 - abar), mean)
-    close(mu_of(x_t, eps, a, abar), mean)
+    close(mu_of(x_t, eps, k), mean)
     score = -eps / (1 - abar).sqrt()
     close((x_t + (1 - a) * score) / a.sqrt(), mean)
 
@@ -638,30 +713,165 @@ def test_posterior_of_a_step_is_the_product_of_two_gaussians(k, x):
 @STEPS
 def test_elbo_term_is_the_weighted_error_of_eps(k, x):
     """L_t = KL(q || p) = (1 - a)^2 / (2 beta~ a (1 - abar)) || eps - eps_theta ||^2."""
-    a, abar, prev = 1 - BETAS[k], ABAR[k], ABAR[k - 1]
-    var = BETAS[k] * (1 - prev) / (1 - abar)
+    a, abar, _, var = rates(k)
     eps, eps_theta = torch.randn(2, 6, 2).double()
-    q = Independent(Normal(mu_of(x, eps, a, abar), var.sqrt()), 1)
-    p = Independent(Normal(mu_of(x, eps_theta, a, abar), var.sqrt()), 1)
+    q = Independent(Normal(mu_of(x, eps, k), var.sqrt()), 1)
+    p = Independent(Normal(mu_of(x, eps_theta, k), var.sqrt()), 1)
     weight = (1 - a)**2 / (2 * var * a * (1 - abar))
     close(kl_divergence(q, p), weight * ((eps - eps_theta)**2).sum(dim=1))
 
 
-@STEPS
-def test_ddim_step_with_noise_1_is_the_ancestral_step(k, x):
-    """x_{t-1} = mu + sqrt(beta~) xi; with noise 0, sqrt(prev) x_0 + sqrt(1 - prev) eps."""
-    a, abar, prev = 1 - BETAS[k], ABAR[k], ABAR[k - 1]
-    var = BETAS[k] * (1 - prev) / (1 - abar)
-    eps, xi = torch.randn(2, 6, 2).double()
-    x_t = abar.sqrt() * x + (1 - abar).sqrt() * eps
-    path = Chain(k)
+def ancestral(eps_theta, x, noise):
+    """`003`, Sampling: x_{t-1} = mu_theta(x_t, t) + sqrt(beta~_t) eps, for t = T, ..., 1."""
+    for k in range(T, 0, -1):
+        _, _, _, var = rates(k)
+        x = mu_of(x, eps_theta(x, k), k) + var.sqrt() * noise[k - 1]
+    return x
 
-    def field(x_t, t):
-        return path.target(x, eps, t)
 
-    ancestral = ddim(field, x_t, 1, path, noise=1.0, randn=lambda _: xi)
-    close(ancestral, mu_of(x_t, eps, a, abar) + var.sqrt() * xi)
-    close(ddim(field, x_t, 1, path, noise=0.0), prev.sqrt() * x + (1 - prev).sqrt() * eps)
+@pytest.mark.parametrize("path, tol", [(Chain(), 1e-8), (DDPM(), 0.03)], ids=["chain", "ddpm"])
+def test_ddim_with_noise_1_is_ancestral_sampling(path, tol, x):
+    """All T steps, one noise: ours at t = 1 - t_DDPM/T is the note's; nearly, on the path DDPM."""
+    noise = torch.randn(T, 6, 2).double()
+    left = list(noise)                          # of the steps T, ..., 1: the last first
+
+    def eps_theta(x, k):
+        _, eps = MIX.data_and_eps(Chain(), x, 1 - k / T, MANY)
+        return eps
+
+    def field(x, t):
+        return MIX.u(path, x, t, MANY)
+
+    ours = ddim(field, x, T, path, noise=1.0, randn=lambda _: left.pop())
+    assert distance(ours, ancestral(eps_theta, x, noise)) < tol
+
+
+# -log p and the ELBO, all in closed form: the data are one Gaussian on a line
+
+MEAN, STD = double([0.7, 0.4])
+GAUSS = oracle.Mixture(mu=[[MEAN]], std=[STD], weight=[1.0], label=[0])
+SPREAD = (ABAR * STD**2 + 1 - ABAR).sqrt()      # of x_k, k = 0 ... T
+Q_0 = Normal(MEAN, STD)
+Q_T = Normal(ABAR[-1].sqrt() * MEAN, SPREAD[-1])
+P_T = Normal(double(0.0), 1.0)                  # the prior N(0, I)
+K = torch.arange(1, T + 1)
+
+
+def exact_model():
+    """For the exact eps: slope and shift of mu_theta(x, k); the variance of q(x_{k-1}|x_k)."""
+    def mu(x):
+        x = torch.full((T, 1), x).double()
+        _, eps = GAUSS.data_and_eps(Chain(), x, 1 - K / double(T), labels(0, x))
+        return mu_of(x[:, 0], eps[:, 0], K)
+
+    shift = mu(0.0)
+    slope = mu(1.0) - shift
+    return slope, shift, BETAS * SPREAD[:-1]**2 / SPREAD[1:]**2
+
+
+def elbo(x_0, slope, shift, var, prior):
+    """E log p(x_0|x_1) - KL(q(x_T|x_0) || p(x_T)) - sum_{t=2}^T E KL(q(x_{t-1}|x_t, x_0) || p).
+
+    For the model p(x_{k-1}|x_k) = N(slope_k x_k + shift_k, var_k); L_k is an expected square.
+    """
+    a, abar, prev, beta_tilde = rates(K)
+    x_k = abar.sqrt() * x_0                     # mean of q(x_k|x_0); its variance is 1 - abar
+    by_x_k = a.sqrt() * (1 - prev) / (1 - abar)             # mu~ = by_x_k x_k + by_x_0 x_0
+    by_x_0 = (1 - a) * prev.sqrt() / (1 - abar)
+    gap = (by_x_k - slope) * x_k + by_x_0 * x_0 - shift     # mean of mu~ - mu_theta
+    square = gap**2 + (by_x_k - slope)**2 * (1 - abar)
+    ratio = beta_tilde / var
+    L = square / (2 * var) + (ratio - 1 - ratio.log()) / 2  # its first is no KL: beta~_1 = 0
+    reconstruction = -(2 * math.pi * var[0]).log() / 2 - square[0] / (2 * var[0])
+    q_T = Normal(x_k[-1], (1 - abar[-1]).sqrt())
+    return reconstruction - kl_divergence(q_T, prior) - L[1:].sum()
+
+
+@pytest.mark.parametrize("x_0", [-1.0, 0.7, 2.0])
+def test_elbo_of_the_exact_reverse_chain_is_log_p(x_0):
+    """p(x_{t-1}|x_t) = q(x_{t-1}|x_t) and p(x_T) = q(x_T): log p(x) = L(q, theta), with no gap."""
+    close(elbo(x_0, *exact_model(), Q_T), Q_0.log_prob(double(x_0)))
+
+
+def ddpm_model():
+    """`003`'s assumption: the variance is beta~; but for the last step, where that is 0."""
+    slope, shift, exact_var = exact_model()
+    _, _, _, var = rates(K)
+    var[0] = exact_var[0]
+    return slope, shift, var
+
+
+@pytest.mark.parametrize("x_0", [-1.0, 0.7, 2.0])
+def test_elbo_of_ddpm_is_a_bound(x_0):
+    """log p(x) >= L(q, theta), where p(x_0) is the law at the end of the chain from N(0, I)."""
+    slope, shift, var = ddpm_model()
+    mean_k, var_k = P_T.mean, P_T.variance
+    for k in range(T - 1, -1, -1):
+        mean_k = slope[k] * mean_k + shift[k]
+        var_k = slope[k]**2 * var_k + var[k]
+    log_p = Normal(mean_k, var_k.sqrt()).log_prob(double(x_0))
+    gap = log_p - elbo(x_0, slope, shift, var, P_T)
+    assert 1e-3 < gap < 2
+
+
+def test_what_the_elbo_of_ddpm_lacks_is_its_prior_and_its_variances():
+    """E [log q(x_0) - L] = KL(q(x_T) || p(x_T)) + sum_t KL(q(x_{t-1}|x_t) || p(x_{t-1}|x_t))."""
+    _, _, exact_var = exact_model()
+    _, _, var = ddpm_model()
+    ratio = exact_var / var
+    steps = (ratio - 1 - ratio.log()) / 2       # KLs of Gaussians with one mean
+
+    lacking = 0
+    # Gauss and Hermite: three points and weights, exact as log q - L is a square in x_0
+    for x_0, weight in ((-3**0.5, 1 / 6), (0, 2 / 3), (3**0.5, 1 / 6)):
+        x_0 = MEAN + STD * x_0
+        lacking = lacking + weight * (Q_0.log_prob(x_0) - elbo(x_0, *ddpm_model(), P_T))
+    close(lacking, kl_divergence(Q_T, P_T) + steps.sum())
+
+
+# ---------------------------------------------------------------- DDPM, guided (`003`)
+
+def pair_through_x_0(k, y, x_prev, x_t):
+    """q(x_{t-1}, x_t|y) = int q(x_0|y) q(x_t|x_0) q(x_{t-1}|x_t, x_0) dx_0, matrices alike."""
+    _, abar, _, var = rates(k)
+    x_0 = line(-5, 5, 801)[:, None]
+    q_0 = LINE.log_p(CondOT(), x_0, 1.0, labels(y, x_0)).exp() / 80             # dx_0 is 1/80
+    x_0 = x_0[:, :, None]                       # (801, 1, 1)
+    eps = (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()
+    q_t = Normal(abar.sqrt() * x_0, (1 - abar).sqrt()).log_prob(x_t).exp()
+    q_prev = Normal(mu_of(x_t, eps, k), var.sqrt()).log_prob(x_prev).exp()
+    return (q_0[:, None, None] * q_t * q_prev).sum(dim=0)
+
+
+GUIDED_STEPS = pytest.mark.parametrize("k", [100, 400, 700])
+
+
+@GUIDED_STEPS
+def test_the_label_depends_on_the_less_noisy_point_alone(k):
+    """q(y|x_{t-1}, x_t) = q(y|x_{t-1}): the noisier x_t says nothing more."""
+    x_prev = line(-1.5, 1.5, 7)[:, None]
+    x_t = x_prev + BETAS[k - 1].sqrt() * line(-2, 2, 5)             # (7, 5)
+    q = torch.stack([pair_through_x_0(k, y, x_prev, x_t) for y in (0, 1)])
+    q_y = q / q.sum(dim=0)                      # of two labels, as likely
+    classifier = LINE.posterior(Chain(), x_prev, 1 - (k - 1) / T)[:, :2]
+    for j in range(5):
+        close(q_y[:, :, j], classifier.T, 1e-6)
+
+
+@GUIDED_STEPS
+@pytest.mark.parametrize("y", [0, 1])
+def test_conditional_step_is_the_step_times_the_classifier(k, y):
+    """q(x_{t-1}|x_t, y) = q(y|x_{t-1}) q(x_{t-1}|x_t) const, on a grid of x_{t-1}."""
+    a, _, _, _ = rates(k)
+    t_prev = 1 - (k - 1) / T
+    x_prev = line(-4, 4, 801)[:, None]
+    marginal = LINE.log_p(Chain(), x_prev, t_prev, labels(NULL, x_prev)).exp()  # q(x_{t-1})
+    classifier = LINE.posterior(Chain(), x_prev, t_prev)[:, y]
+    for x_t in double([-1.2, 0.1, 0.9]):
+        step = Normal(a.sqrt() * x_prev, (1 - a).sqrt()).log_prob(x_t)[:, 0].exp()
+        product = classifier * step * marginal  # q(x_{t-1}|x_t) is step marginal / const
+        q = pair_through_x_0(k, y, x_prev, x_t)[:, 0]
+        close(q / q.sum(), product / product.sum(), 1e-6)
 
 
 def test_guided_gaussian_moves_by_its_variance_times_g():
@@ -674,26 +884,52 @@ def test_guided_gaussian_moves_by_its_variance_times_g():
     assert abs(mean - (mu + s * g)) > 0.1
 
 
-def guided_samplings(x, h):
-    """How far two guided means lie from mu: by beta~ grad log p(y|mu), and by the corrected eps."""
-    path = DDPM()
-    t = double(0.6 - h)
-    s = double(0.6)
-    abar, prev = path.alpha(t)**2, path.alpha(s)**2
-    a = abar / prev
-    eps = -path.beta(t) * MIX.score(path, x, t, labels(NULL, x))
-    mu = mu_of(x, eps, a, abar)
-    var = (1 - a) * (1 - prev) / (1 - abar)                         # beta~
-    by_mean = var * grad_log_classifier(path, mu, s, MANY)
-    corrected = eps - path.beta(t) * grad_log_classifier(path, x, t, MANY)
-    return by_mean, mu_of(x, corrected, a, abar) - mu
+class Step:
+    """A step of DDPM from t = 0.6 - h to s = 0.6: a, beta~ and, at x, eps and mu."""
+
+    def __init__(self, mixture, x, h):
+        self.path = DDPM()
+        self.t = 0.6 - h
+        self.s = 0.6
+        alpha, self.beta, _, _ = self.path.at(self.t, x)
+        alpha_s, beta_s, _, _ = self.path.at(self.s, x)
+        self.a = alpha**2 / alpha_s**2
+        self.var = (1 - self.a) * beta_s**2 / self.beta**2
+        _, self.eps = mixture.data_and_eps(self.path, x, self.t, labels(NULL, x))
+        self.x = x
+        self.mu = self.mean(self.eps)
+
+    def mean(self, eps):
+        return self.x / self.a.sqrt() - (1 - self.a) / (self.a.sqrt() * self.beta) * eps
+
+
+@pytest.mark.parametrize("y", [0, 1])
+def test_taylors_step_with_the_exact_classifier(y):
+    """p(y|v) N(v; mu, beta~) has mean mu + beta~ g, g = grad log p(y|mu), as beta~ goes to 0."""
+    x = double([[-0.8], [0.2], [0.5]])
+    errors = {}
+    for h in (0.1, 0.01, 0.001):
+        step = Step(LINE, x, h)
+        std = step.var.sqrt()
+        g = gradient(lambda v: LINE.classifier(step.path)(v, step.s)[:, y], step.mu)
+        v = step.mu + line(-8, 8, 2001) * std   # (3, grid)
+        log_p_y = LINE.classifier(step.path)(v.reshape(-1, 1), step.s)[:, y].view_as(v)
+        p = (log_p_y + Normal(step.mu, std).log_prob(v)).softmax(dim=1)
+        moved = (p * (v - step.mu)).sum(dim=1, keepdim=True)
+        errors[h] = distance(moved / (step.var * g), double(1.0))
+    assert errors[0.1] < 0.5
+    assert errors[0.01] < errors[0.1] / 5
+    assert errors[0.001] < errors[0.01] / 5
 
 
 def test_the_two_guided_samplings_of_ddpm_agree_only_as_the_step_vanishes(x):
     """mu + beta~ grad log p(y|mu), against mu of the corrected eps: one, to first order in h."""
     errors = {}
     for h in (0.1, 0.01, 0.001):
-        by_mean, by_eps = guided_samplings(x, h)
+        step = Step(MIX, x, h)
+        by_mean = step.var * grad_log_classifier(step.path, step.mu, step.s, MANY)
+        corrected = step.eps - step.beta * grad_log_classifier(step.path, x, step.t, MANY)
+        by_eps = step.mean(corrected) - step.mu
         errors[h] = ((by_mean - by_eps).norm() / by_eps.norm()).item()
     assert errors[0.1] > 0.03
     assert errors[0.01] < errors[0.1] / 3
@@ -715,67 +951,229 @@ RUNS = {
 }
 
 
-def simulate(sampler, mixture, path, y, w, n=4000, steps=150, **options):
-    """n samples of label y with guidance w, from the noise of seed 0."""
+def integrate(run, field, x, steps, path, randn=torch.randn_like, **options):
+    """The sampler named run; path and randn go to those that take them."""
+    sampler, own = RUNS[run]
     if sampler in (ddim, euler_maruyama):
-        options["path"] = path
+        own = dict(own, path=path, randn=randn)
+    return sampler(field, x, steps, **own, **options)
+
+
+def simulate(run, path, y, w, n=3000, steps=80):
+    """n samples of MIX, of label y with guidance w, from the noise of seed 0."""
     torch.manual_seed(0)
-    x = torch.randn(n, mixture.mu.shape[1]).double()
+    x = torch.randn(n, 2).double()
 
     def field(x, t):
-        return guided_field(mixture.net(path), x, t, labels(y, x), w)
+        return guided_field(MIX.net(path), x, t, labels(y, x), w)
 
-    return sampler(field, x, steps, **options)
+    return integrate(run, field, x, steps, path)
+
+
+ALL_RUNS = pytest.mark.parametrize("run", RUNS)
 
 
 @ALL_PATHS
-@pytest.mark.parametrize("run", RUNS)
+@ALL_RUNS
 @pytest.mark.parametrize("w, y", [(0, NULL), (1, 0)])
 def test_samplers_end_in_the_data_law(run, path, w, y):
-    """w = 1 ends in p(.|y), w = 0 in p: means, covariances and quantiles."""
-    sampler, options = RUNS[run]
-    got = simulate(sampler, MIX, path, 0, w, **options)
-    want = MIX.draw(40000, y)
-    q = line(0.05, 0.95, 19)
-    assert distance(got.mean(dim=0), want.mean(dim=0)) < 0.09
-    assert distance(got.T.cov(), want.T.cov()) < 0.12
-    assert (got.quantile(q, 0) - want.quantile(q, 0)).abs().mean() < 0.08
+    """w = 1 ends in p(.|y), w = 0 in p: quantiles along four lines through the plane."""
+    samples = simulate(run, path, 0, w)
+    weight = MIX.log_weight(torch.tensor([y])).exp()                # (1, K)
+    for angle in (0, math.pi / 4, math.pi / 2, 3 * math.pi / 4):
+        direction = double([math.cos(angle), math.sin(angle)])
+        parts = Normal(MIX.mu @ direction, MIX.std)                 # a Gaussian for each component
+
+        def cdf(v):
+            return (weight * parts.cdf(v[:, None])).sum(dim=1)
+
+        assert law_distance(samples @ direction, cdf) < 0.04
+
+
+@pytest.mark.parametrize("run", ["euler", "heun", "ddim 0"])
+@ALL_PATHS
+def test_odes_carry_quantiles_to_quantiles(run, path):
+    """On a line x -> X_1 is increasing: the q-quantile of the noise becomes that of the data."""
+    q = line(0.02, 0.98, 49)
+
+    def field(x, t):
+        return LINE.u(path, x, t, labels(NULL, x))
+
+    x = integrate(run, field, Normal(0, 1).icdf(q)[:, None], 200, path)
+    cdf = (Normal(-1, 0.5).cdf(x) + Normal(1, 0.5).cdf(x)) / 2
+    assert distance(cdf[:, 0], q) < 0.008
+
+
+def unit_noise(steps):
+    """X_0 and randn that give the law of X_1 for Gaussian data exactly, with no random number.
+
+    X_1 is then affine in X_0 and in the noise of each step: row i of the batch has a unit of the
+    i-th of these and nothing else; the last row has nothing at all.
+    """
+    units = iter(torch.eye(steps + 2).double())
+
+    def randn(x=None):
+        return next(units)[:, None]
+
+    return randn(), randn
+
+
+def spread(x):
+    """The standard deviation of a state x that began with unit_noise; its mean is x[-1]."""
+    return (x - x[-1]).norm().item()
+
+
+def end_of_a_gaussian(run, path, steps):
+    """Mean and standard deviation of X_1, where that of the data are MEAN and STD."""
+    x, randn = unit_noise(steps)
+
+    def field(x, t):
+        return GAUSS.u(path, x, t, labels(NULL, x))
+
+    x = integrate(run, field, x, steps, path, randn)
+    return double([x[-1], spread(x)])
+
+
+@ALL_PATHS
+@ALL_RUNS
+def test_samplers_end_in_a_gaussian_data_law(run, path):
+    """Its mean and deviation, free of chance; 2 (h) - (2 h) cancels the steps' error of order h."""
+    coarse = end_of_a_gaussian(run, path, 100)
+    fine = end_of_a_gaussian(run, path, 200)
+    mean, std = 2 * fine - coarse
+    assert abs(mean / MEAN - 1) < 0.005
+    assert abs(std / STD - 1) < 0.01
 
 
 @pytest.mark.parametrize("name", ["condot", "cosine"])              # DDPM's u is infinite at t = 1
-@pytest.mark.parametrize("sampler, order", [(euler, 1), (heun, 2)])
-def test_order_of_the_samplers(sampler, order, name):
+@pytest.mark.parametrize("run, order", [("euler", 1), ("heun", 2)])
+def test_order_of_the_samplers(run, order, name):
     """Twice the steps, an error 2^order times smaller."""
-    exact = simulate(heun, MIX, PATHS[name], 0, 3, n=20, steps=1000)
-    coarse = simulate(sampler, MIX, PATHS[name], 0, 3, n=20, steps=50)
-    fine = simulate(sampler, MIX, PATHS[name], 0, 3, n=20, steps=100)
+    exact = simulate("heun", PATHS[name], 0, 3, n=20, steps=1000)
+    coarse = simulate(run, PATHS[name], 0, 3, n=20, steps=50)
+    fine = simulate(run, PATHS[name], 0, 3, n=20, steps=100)
     ratio = (coarse - exact).norm() / (fine - exact).norm()
     assert 0.75 * 2**order < ratio < 1.3 * 2**order
 
 
 def test_ddim_on_condot_is_euler():
     """x + h u = s z + (1 - s) eps, for z = x + (1 - t) u and eps = x - t u."""
-    by_ddim = simulate(ddim, MIX, CondOT(), 0, 3, n=50, steps=20)
-    by_euler = simulate(euler, MIX, CondOT(), 0, 3, n=50, steps=20)
+    by_ddim = simulate("ddim 0", CondOT(), 0, 3, n=50, steps=20)
+    by_euler = simulate("euler", CondOT(), 0, 3, n=50, steps=20)
     close(by_ddim, by_euler)
 
 
-@pytest.mark.parametrize("run", RUNS)
+@ALL_PATHS
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
+def test_ddim_step(path, noise, x):
+    """x_s = alpha_s z + sqrt(beta_s^2 - sigma^2) eps + sigma xi, sigma = noise sqrt(beta~)."""
+    t, s = double(0.5), double(0.75)            # the first of two steps from t0 = 0.5
+    z, eps, xi = torch.randn(3, 6, 2).double()
+    seen = []
+
+    def field(x, t):
+        return path.target(z, eps, t)
+
+    ddim(field, path.sample(z, eps, t), 2, path, noise=noise, t0=0.5, randn=lambda _: xi,
+         watch=lambda _, x: seen.append(x))
+    a = (path.alpha(t) / path.alpha(s))**2
+    added = path.beta(t)**2 - a * path.beta(s)**2
+    sigma = noise * (added * path.beta(s)**2 / path.beta(t)**2).sqrt()
+    deterministic = path.alpha(s) * z + (path.beta(s)**2 - sigma**2).sqrt() * eps
+    close(seen[1], deterministic + sigma * xi)
+
+
+def em_step(path, x, sigma, xi):
+    """What Euler-Maruyama does from t = 0.5 to 0.6: the first of five steps from t0 = 0.5."""
+    seen = []
+
+    def field(x, t):
+        return MIX.u(path, x, t, MANY)
+
+    def watch(t, x):
+        seen.append(x)
+
+    euler_maruyama(field, x, 5, path, sigma, t0=0.5, randn=lambda _: xi, watch=watch)
+    return seen[1]
+
+
+@ALL_PATHS
+@pytest.mark.parametrize("sigma", [None, 0.5, 1.0])
+def test_euler_maruyama_step(path, sigma, x):
+    """x + h (u + sigma_t^2/2 score) + sqrt(h) sigma_t xi, sigma_t^2 = 2 beta_t unless given."""
+    t, h = double(0.5), 0.1
+    xi = torch.randn_like(x)
+    variance = 2 * path.beta(t)
+    if sigma is not None:
+        variance = sigma**2
+    drift = MIX.u(path, x, t, MANY) + variance / 2 * MIX.score(path, x, t, MANY)
+    expected = x + h * drift + (h * variance)**0.5 * xi
+    close(em_step(path, x, sigma, xi), expected)
+
+
+@ALL_PATHS
+def test_euler_maruyama_puts_in_no_more_noise_than_the_path_has_left(path, x):
+    """h sigma_t^2 <= beta_s^2, whatever sigma is asked for."""
+    xi = torch.randn_like(x)
+    noise = em_step(path, x, 100.0, xi) - em_step(path, x, 100.0, 0 * xi)
+    close(noise, path.beta(double(0.6)) * xi)
+
+
+def test_capped_noise_settles_at_4_thirds_of_the_paths():
+    """h sigma^2 = c beta_s^2 takes the noise's variance v to (1 - c/2)^2 v + c, in units of beta^2.
+
+    That settles at 1 / (1 - c/4): 4/3 for the cap's c = 1, twice too much for c = 2, never for 4.
+    """
+    law = oracle.Mixture(mu=[[0.7]], std=[1e-4], weight=[1.0], label=[0])   # z is all but known
+    start, randn = unit_noise(400)
+    variances = []
+
+    def field(x, t):
+        return law.u(CondOT(), x, t, labels(NULL, x))
+
+    def watch(t, x):
+        if 0.2 < t < 0.8:
+            variances.append((spread(x) / (1 - t))**2)
+
+    euler_maruyama(field, start, 400, CondOT(), sigma=100.0, randn=randn, watch=watch)
+    assert abs(min(variances) - 4 / 3) < 0.03
+    assert abs(max(variances) - 4 / 3) < 0.03
+
+
+@ALL_RUNS
 def test_samplers_call_the_field_from_noise_to_the_last_step(run):
     """At t_DDPM = T, ..., 1: training needs t ~ U{1, T}; `003` also prints U{2, T}."""
-    sampler, options = RUNS[run]
-    if sampler in (ddim, euler_maruyama):
-        options = dict(options, path=CondOT())
     called = []
 
     def field(x, t):
         called.append(round(10 - 10 * t))
         return 0 * x
 
-    sampler(field, torch.zeros(1, 1), 10, **options)
+    integrate(run, field, torch.zeros(1, 1), 10, CondOT())
     assert sorted(set(called)) == list(range(1, 11))
-    calls = {heun: 19}
-    assert len(called) == calls.get(sampler, 10)
+    calls = {"heun": 19}
+    assert len(called) == calls.get(run, 10)
+
+
+@ALL_RUNS
+def test_samplers_show_each_state_once_from_t0_on(run):
+    """watch(t, x) sees x before each of the equal steps from t0 to 1."""
+    seen = []
+
+    def field(x, t):
+        return x
+
+    def watch(t, x):
+        seen.append((t, x))
+
+    start = torch.ones(1, 1).double()
+    end = integrate(run, field, start, 5, CondOT(), t0=0.5, watch=watch)
+    times = [t for t, _ in seen]
+    close(times, [0.5, 0.6, 0.7, 0.8, 0.9])
+    assert seen[0][1] is start
+    (t, x) = seen[-1]
+    u = field(x, t)
+    close(end, x + (1 - t) * u)                 # the last step is Euler's for all: beta_1 = 0
 
 
 def test_what_w_does_to_two_gaussians(capsys):
@@ -872,6 +1270,18 @@ def test_unet_has_the_lectures_stages():
     assert shapes == [(32, 16, 16), (64, 8, 8), (128, 4, 4)]
 
 
+def test_every_stage_of_the_unet_reaches_its_output(monkeypatch):
+    """Skip connections: the output depends on what each stage of the encoder ends with."""
+    net = shaken(UNet())
+    x = torch.randn(2, 1, 32, 32)
+    ends = net.encoder(x, torch.randn(2, 128))
+    ends = [h.detach().requires_grad_() for h in ends]
+    monkeypatch.setattr(net.encoder, "forward", lambda x, e: ends)
+    net(x, torch.rand(2), torch.tensor([3, NULL])).square().sum().backward()
+    for h in ends:
+        assert h.grad.abs().sum() > 0
+
+
 def test_noisy_classifier_gives_ten_logits_that_see_t():
     """classifier(x, t) -> (B, 10)."""
     net = shaken(NoisyClassifier())
@@ -906,10 +1316,11 @@ def test_positions_differ():
     assert torch.pdist(dit.positions(8, 128)).min() > 0.1
 
 
-def test_attention_lets_one_patch_reach_all():
-    """A change of one patch changes every patch of the output."""
+@pytest.mark.parametrize("row, column", [(0, 0), (3, 5), (7, 7)])
+def test_attention_lets_one_patch_reach_all(row, column):
+    """A change of the first patch, one inside or the last changes every patch of the output."""
     x = torch.zeros(2, 1, 32, 32)
-    x[1, :, :4, :4] += 1
+    x[1, :, 4 * row:4 * row + 4, 4 * column:4 * column + 4] += 1
     net = shaken(dit.DiT())
     out = net(x, torch.ones(2), torch.ones(2).long())
     change = dit.patchify(out[:1] - out[1:], 4).abs().amax(dim=2)   # (1, N)
@@ -925,9 +1336,20 @@ def test_vae_shapes():
     assert net.decode(latent).shape == x.shape
 
 
+def test_vae_decodes_a_draw_of_its_posterior():
+    """latent = mean + std eps, std = sqrt(var), is a draw from q(latent|x) = N(mean, var)."""
+    net = shaken(vae.VAE())
+    x = torch.rand(3, 1, 32, 32) * 2 - 1
+    eps = torch.randn(3, 4, 8, 8)
+    recon, mean, log_var = net(x, eps)
+    close(mean, net.encode(x), 1e-5)
+    assert log_var.abs().max() > 0.1            # else std and var are alike
+    close(recon, net.decode(mean + log_var.exp().sqrt() * eps), 1e-5)
+
+
 def test_vae_loss_is_minus_the_elbo():
     """-ELBO = E_q[-log p(x|latent)] + KL(q(latent|x) || N(0, I)), times 2 std^2 / pixels."""
-    net = vae.VAE()
+    net = shaken(vae.VAE())
     x = torch.rand(3, 1, 32, 32) * 2 - 1
     torch.manual_seed(0)
     loss = vae.vae_loss(net, x, std=0.2)
