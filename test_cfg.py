@@ -17,9 +17,10 @@ from torch.distributions import Independent, Normal, kl_divergence
 import cfg_min
 import dit
 import oracle
+import train
 import vae
 from cfg_min import NULL, ddim, euler, euler_maruyama, guide, guided_field, heun
-from checkpoint import LATENT_OPTIONS
+from checkpoint import LATENT_OPTIONS, vector_field
 from paths import DDPM, PATHS, CondOT, GaussianPath
 from unet import NoisyClassifier, UNet
 
@@ -175,6 +176,7 @@ def test_u_score_eps_and_z_say_the_same_on_a_conditional_path(path, x):
         u = path.target(z, eps, t)
         close(path.score_to_u(path.u_to_score(u, x_t, t), x_t, t), u)
         close(path.eps_to_u(eps, x_t, t), u)
+        close(path.data_to_u(z, x_t, t), u)
 
 
 @ALL_PATHS
@@ -573,18 +575,21 @@ def test_printed_dsm_loss_is_ours_over_beta_squared(path):
 
 
 def test_cfm_loss_takes_another_law_of_t():
-    """t ~ logit-normal instead of U[0, 1)."""
-    value, z, y, x, t, _ = run_loss(
-        cfg_min.cfg_cfm_loss, tiny, CondOT(), draw_t=cfg_min.logit_normal)
-    assert law_distance(t.double().logit() + 1, normal_cdf) < 0.025
+    """The t that is given, instead of t ~ U[0, 1), is what the network sees, and x is of it."""
+    given = torch.linspace(0.1, 0.2, 4000).double()
+    loss, z, y, x, t, (y_seen,) = run_loss(cfg_min.cfg_cfm_loss, tiny, CondOT(), t=given)
+    assert torch.equal(t, given)
+    eps = (x - given.view(-1, 1, 1, 1) * z) / (1 - given.view(-1, 1, 1, 1))
+    assert law_distance(eps.flatten(), normal_cdf) < 0.015
+    close(loss, ((tiny(x, t, y_seen) - (z - eps))**2).mean(), 1e-6)
 
 
-@pytest.mark.parametrize("mean", [-1.0, 0.0])
-def test_logit_normal(mean):
-    """logit(t) = log(t / (1 - t)) ~ N(mean, 1)."""
+@pytest.mark.parametrize("mean, std", [(-0.8, 0.8), (0.0, 1.0)])
+def test_logit_normal(mean, std):
+    """logit(t) = log(t / (1 - t)) ~ N(mean, std^2)."""
     torch.manual_seed(0)
-    t = cfg_min.logit_normal(40000, mean=mean).double()
-    assert law_distance(t.logit() - mean, normal_cdf) < 0.008
+    t = cfg_min.logit_normal(40000, mean, std).double()
+    assert law_distance((t.logit() - mean) / std, normal_cdf) < 0.008
 
 
 @ALL_PATHS
@@ -595,10 +600,54 @@ def test_u_from_eps_is_u_with_z_held_in_its_limits(path, x):
 
     for t in TIMES:
         z, _ = MIX.data_and_eps(path, x, t, MANY)
-        free = cfg_min.u_from_eps(net, path, limit=9.0)(x, t, MANY)
+        free = cfg_min.u_from_eps(net, path, -9.0, 9.0)(x, t, MANY)
         close(free, MIX.u(path, x, t, MANY), 1e-6)
-        held = cfg_min.u_from_eps(net, path, limit=0.3)(x, t, MANY)
-        close(path.u_to_data(held, x, t), z.clamp(-0.3, 0.3), 1e-6)
+        held = cfg_min.u_from_eps(net, path, -0.3, 0.4)(x, t, MANY)
+        close(path.u_to_data(held, x, t), z.clamp(-0.3, 0.4), 1e-6)
+
+
+@ALL_PATHS
+def test_u_from_z_is_u_with_z_held_in_its_limits(path, x):
+    """u = (D z + beta' x) / beta for the clamped z."""
+    def net(x, t, y):
+        return MIX.data_and_eps(path, x, t, y)[0]
+
+    for t in TIMES:
+        z, _ = MIX.data_and_eps(path, x, t, MANY)
+        free = cfg_min.u_from_z(net, path)(x, t, MANY)
+        close(free, MIX.u(path, x, t, MANY), 1e-6)
+        held = cfg_min.u_from_z(net, path, low=-0.3)(x, t, MANY)
+        close(path.u_to_data(held, x, t), z.clamp(min=-0.3), 1e-6)
+
+
+@ALL_PATHS
+def test_fields_of_networks_are_finite_where_solvers_ask(path, x):
+    """u is finite at t = 0 and t = 1, as a number and as a tensor, of a z and of an eps network."""
+    def net(x, t, y):
+        return 0.5 * x
+
+    for make in (cfg_min.u_from_z, cfg_min.u_from_eps):
+        field = make(net, path, -1.0, 1.0)
+        for t in (0.0, 1.0, torch.zeros(6).double(), torch.tensor(1.0)):
+            assert field(x, t, MANY).isfinite().all()
+
+
+def test_last_step_of_euler_lands_on_the_networks_z(x):
+    """x + (1 - t) (z - x) / (1 - t) = z, on CondOT."""
+    def net(x, t, y):
+        return 0.3 * x.sin()
+
+    field = cfg_min.u_from_z(net, CondOT())
+    close(x + 0.02 * field(x, 0.98, MANY), 0.3 * x.sin())
+
+
+def test_what_is_held_is_so_in_value_and_not_in_gradient():
+    """held(z) = clamp(z), d held / dz = 1: the loss can call back an output that is outside."""
+    z = torch.tensor([-3.0, 0.5, 2.0]).requires_grad_()
+    held = cfg_min.held(z, -1.0, 1.0)
+    assert held.tolist() == [-1.0, 0.5, 1.0]
+    held.sum().backward()
+    assert z.grad.tolist() == [1.0, 1.0, 1.0]
 
 
 @ALL_PATHS
@@ -936,6 +985,38 @@ def test_the_two_guided_samplings_of_ddpm_agree_only_as_the_step_vanishes(x):
     assert errors[0.001] < errors[0.01] / 3
 
 
+@ALL_PATHS
+def test_push_is_the_first_guided_sampling_of_ddpm(path, x):
+    """One step of ddim from t to s with a push: mu + beta~ w grad log p_s(y|mu) + sqrt(beta~) xi."""
+    def field(x, t):
+        return MIX.u(path, x, t, labels(NULL, x))
+
+    def push(mean, s):
+        return 3 * cfg_min.classifier_gradient(MIX.classifier(path), mean, s, MANY)
+
+    class Half:
+        """The path from t = 0.5 on, so that one step ends at t = 0.75."""
+        def at(self, t, x):
+            return path.at((2 + t) / 4, x)
+
+        def u_to_data(self, u, x, t):
+            return path.u_to_data(u, x, (2 + t) / 4)
+
+        def u_to_eps(self, u, x, t):
+            return path.u_to_eps(u, x, (2 + t) / 4)
+
+    xi = torch.randn_like(x)
+    options = dict(noise=1.0, randn=lambda x: xi)
+    free = ddim(lambda x, t: field(x, 0.5), x, 1, Half(), **options)
+    pushed = ddim(lambda x, t: field(x, 0.5), x, 1, Half(), **options,
+                  push=lambda mean, s: push(mean, 0.75))
+    alpha, beta, _, _ = path.at(0.5, x)
+    alpha_s, beta_s, _, _ = path.at(0.75, x)
+    variance = beta_s**2 / beta**2 * (beta**2 - alpha**2 / alpha_s**2 * beta_s**2)
+    mu = free - variance.sqrt() * xi
+    close(pushed - free, variance * 3 * grad_log_classifier(path, mu, 0.75, MANY), 1e-7)
+
+
 # ---------------------------------------------------------------- samplers
 
 RUNS = {
@@ -1259,6 +1340,39 @@ def test_networks_see_t_and_y_and_treat_classes_alike(make, options, shape):
     order = torch.randperm(11)
     net.label.weight[:] = net.label.weight[order].clone()
     close(net(x, t, order.argsort()[y]), out, 1e-4)
+
+
+@NETWORKS
+@torch.no_grad()
+def test_networks_take_one_time_for_the_batch(make, options, shape):
+    """net(x, 0.3, y), as ODE solvers call it, is net(x, [0.3, ..., 0.3], y)."""
+    net = shaken(make(**options))
+    x = torch.randn(3, *shape)
+    y = torch.tensor([0, 7, NULL])
+    out = net(x, torch.full((3,), 0.3), y)
+    assert torch.equal(net(x, 0.3, y), out)
+    assert torch.equal(net(x, torch.tensor(0.3), y), out)
+
+
+@NETWORKS
+@pytest.mark.parametrize("predict", ["z", "u", "eps"])
+def test_training_and_sampling_keep_to_their_device(make, options, shape, predict):
+    """On torch's meta device, where nothing has a value: losses and samplers neither leave the
+    tensors' device nor wait for a number; so they would not on an accelerator."""
+    arch = "unet" if make is UNet else "dit"
+    config = dict(arch=arch, path="condot", predict=predict, latent=bool(options), eta=0.1)
+    with torch.device("meta"):
+        net = make(**options)
+    z = torch.empty(4, *shape, device="meta")
+    y = torch.empty(4, dtype=torch.int64, device="meta")
+    assert train.loss_of(config, net, z, y).device.type == "meta"
+    field = vector_field(net, config)
+
+    def guided(x, t):
+        return guided_field(field, x, t, y, 3.0)
+
+    for run in RUNS:
+        assert integrate(run, guided, z, 3, CondOT()).device.type == "meta"
 
 
 def test_unet_has_the_lectures_stages():
