@@ -108,8 +108,8 @@ def apg(cond, uncond, x, t, w, eta=0.0, radius=2.5):
     Sadat et al. 2024, arXiv 2410.02416, Algorithm 1. z is E[z|x, y], d its difference to E[z|x],
     cut to a length of at most radius and then split along z. Their reverse momentum, which takes
     half or more of the former steps' d from this one's, is left out: a field has no memory. Their
-    radius is 2.5 to 15, in other spaces; the d of digits is about 7 long at t = 0, and shorter
-    than 2.5 from t = 0.3 on.
+    radius is 2.5 to 15, in other spaces; the d of digits is about 7 long at t = 0, and mostly
+    under 2.5 after t = 0.35.
     """
     z = PATH.u_to_data(cond, x, t)
     d = z - PATH.u_to_data(uncond, x, t)
