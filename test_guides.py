@@ -134,7 +134,7 @@ def test_mean_scale_of_cfg_plus_plus_is_w(steps):
 
 @pytest.mark.parametrize("t", TIMES)
 def test_rescale_of_zero_is_cfg_and_of_one_has_the_spread_of_cond(t):
-    """phi = 0 is CFG; phi = 1 has std(cond), and the direction of CFG; 0.7 is between, as theirs."""
+    """phi = 0 is CFG; phi = 1 has std(cond), and the direction of CFG; theirs is 0.7."""
     cond, _, _ = fields(t)
     u = use(guides.cfg, t, 3.0)
     close(use(guides.rescale, t, 3.0, phi=0.0), u)
@@ -219,6 +219,19 @@ def test_guides_scale_each_sample_by_itself():
     for guide in (guides.rescale, guides.apg, guides.cfg_zero_star):
         together = guide(cond, uncond, x, 0.3, 3.0)
         close(guide(cond[:1], uncond[:1], x[:1], 0.3, 3.0), together[:1])
+
+
+def test_rows_guide_away_from_the_right_field():
+    """CFG is guided_field; autoguidance away from NET / 2 with w = 3 is 3 NET - 2 NET / 2."""
+    def weak(x, t, y):
+        return NET(x, t, y) / 2
+    rows = {name: (guide, second) for name, guide, second in guides.rows_of(NET, weak, 0.1)}
+    guide, second = rows["CFG"]
+    u = guides.guided(guide, NET, second, 3.0)(noise(), 0.3, Y)
+    close(u, guided_field(NET, noise(), 0.3, Y, 3.0))
+    guide, second = rows["autoguidance"]
+    u = guides.guided(guide, NET, second, 3.0)(noise(), 0.3, Y)
+    close(u, 2 * NET(noise(), 0.3, Y))
 
 
 def test_every_row_of_the_table_guides_its_own_way():
