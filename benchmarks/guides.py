@@ -208,6 +208,12 @@ def heading(scales):
     return f"{'':13s}{groups}\n{'':13s}{columns}"
 
 
+def lams(scales, h):
+    """A line below the rows: what w is in CFG++'s own count."""
+    values = ", ".join(f"{lam_of(w, h):.2f}" for w in scales)
+    return f"\nw of CFG++ is its mean w(t): lambda = {values}"
+
+
 def weak_field(file, device):
     """The field of the weak network; without its file None, and a line that says how it is had."""
     if Path(file).exists():
@@ -255,8 +261,7 @@ def main(argv=None):
             images = draw(model, field, labels.to(device), options.steps)
             cells.append(cells_of(measures, images, labels, floor))
         print(line(name, cells), flush=True)
-    lams = [f"{lam_of(w, 1 / options.steps):.2f}" for w in options.w]
-    print(f"\nw of CFG++ is its mean w(t): lambda = {', '.join(lams)}")
+    print(lams(options.w, 1 / options.steps))
 
 
 if __name__ == "__main__":
