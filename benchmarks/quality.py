@@ -59,10 +59,13 @@ def calls(folder, measures, n):
 
 
 def predict(folder, measures, n):
-    """What a network should predict: u, eps or z, on CondOT, after the default run."""
+    """What a network should predict: u, eps or z, on CondOT, after the default run.
+
+    The networks stay in runs/predict_*.pt, and are not trained again.
+    """
     for k, kind in enumerate(("u", "eps", "z")):
-        out = Path(folder) / f"{kind}.pt"
-        run("train.py", "--arch", "unet", "--predict", kind, "--out", out)
+        out = Path("runs") / f"predict_{kind}.pt"
+        run("train.py", "--arch", "unet", "--predict", kind, "--out", out, "--resume")
         for w in (1, 3):
             images, labels, _ = sampled(folder, out, w, n)
             if k == 0 and w == 1:
