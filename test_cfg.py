@@ -1060,7 +1060,7 @@ ALL_RUNS = pytest.mark.parametrize("run", RUNS)
 def test_samplers_end_in_the_data_law(run, path, w, y):
     """w = 1 ends in p(.|y), w = 0 in p: quantiles along four lines through the plane."""
     samples = simulate(run, path, 0, w)
-    weight = MIX.log_weight(torch.tensor([y])).exp()                # (1, K)
+    weight = MIX.log_weight[:, y].exp()[None]                       # (1, K)
     for angle in (0, math.pi / 4, math.pi / 2, 3 * math.pi / 4):
         direction = double([math.cos(angle), math.sin(angle)])
         parts = Normal(MIX.mu @ direction, MIX.std)                 # a Gaussian for each component
@@ -1260,19 +1260,22 @@ def test_samplers_show_each_state_once_from_t0_on(run):
 def test_what_w_does_to_two_gaussians(capsys):
     """At w = 0 and 1 the guided ODE, SDE and p(.|y)^w p^(1-w) are one law; at w = 3 no two are.
 
-    Nor is X_1 a mixture of p(.|y) and p, whose mean lies in [0, 1], as `002` says.
+    Nor is X_1 a mixture of p(.|y) and p, whose mean lies in [0, 1], as `002` says. The
+    predictor-corrector comes near the tilted law.
     """
     oracle.main()
     rows = {}
     for line in capsys.readouterr().out.splitlines()[2:]:
         w, *numbers = [float(v) for v in line.split()]
-        rows[w] = numbers                       # mean and std of ODE, SDE, tilted law, mixture
+        rows[w] = numbers       # mean and std of ODE, SDE, predictor-corrector, tilted law, mixture
     for w in (0, 1):
-        means = rows[w][0::2]
-        assert distance(double(means), double(w)) < 0.06
-    ode, _, sde, _, tilted, tilted_std, mixture, _ = rows[3]
+        ode, sde, _, tilted, mixture = rows[w][0::2]
+        assert distance(double([ode, sde, tilted, mixture]), double(w)) < 0.06
+    ode, sde, corrected, tilted, mixture = rows[3][0::2]
+    tilted_std = rows[3][7]
     assert 1.45 < ode < 1.6
     assert 1.1 < sde < ode - 0.1
+    assert tilted < corrected < sde - 0.1
     assert abs(tilted - 1.05) < 0.01
     assert abs(tilted_std - 0.46) < 0.01
     assert mixture == 1.0
