@@ -224,7 +224,7 @@ def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_
     noise = 0 is DDIM, on CondOT exactly Euler. noise = 1 is DDPM's ancestral sampler: sigma^2 is
     beta~, the variance of q(x_s|x_t, z). Song et al. 2021 (DDIM), eq. 12 and 16.
     push(mean, s) -> w grad log p_s(y|mean) is classifier guidance step by step: sigma^2 times it is
-    added to the mean; the first "Guided sampling" of 003_da10c6c8947a0fc6.txt, which misprints sigma.
+    added to the mean; first "Guided sampling" of 003_da10c6c8947a0fc6.txt, with sigma for sigma^2.
     """
     for t, s in times(steps, t0):
         watch(t, x)

@@ -987,7 +987,7 @@ def test_the_two_guided_samplings_of_ddpm_agree_only_as_the_step_vanishes(x):
 
 @ALL_PATHS
 def test_push_is_the_first_guided_sampling_of_ddpm(path, x):
-    """One step of ddim from t to s with a push: mu + beta~ w grad log p_s(y|mu) + sqrt(beta~) xi."""
+    """A step of ddim from t to s with a push: mu + beta~ w grad log p_s(y|mu) + sqrt(beta~) xi."""
     def field(x, t):
         return MIX.u(path, x, t, labels(NULL, x))
 
