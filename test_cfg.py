@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.autograd.functional import jacobian
-from torch.distributions import Independent, Normal, kl_divergence
+from torch.distributions import (Categorical, Independent, MixtureSameFamily, Normal,
+                                 kl_divergence)
 
 import cfg_min
 import dit
@@ -33,6 +34,28 @@ MIX = oracle.Mixture(                           # in the plane
     weight=[0.3, 0.3, 0.25, 0.15],
     label=[0, 0, 1, 2])
 LINE = oracle.TWO                               # -1 and +1 on a line, of labels 0 and 1
+
+
+def law_distance(samples, cdf):
+    """Kolmogorov's sup |F_n - F|, of samples (n,) from F; 1.6 / sqrt(n) is exceeded once in 100."""
+    n = len(samples)
+    F_n = (torch.arange(n).double() + 0.5) / n
+    return distance(cdf(samples.double().sort().values), F_n)
+
+
+def data_law_distance(samples, y):
+    """law_distance of points of the plane from MIX's p(z|y): the largest along four directions."""
+    weight = MIX.log_weight(torch.tensor([y])).exp()                # (1, K)
+    distances = []
+    for angle in (0, math.pi / 4, math.pi / 2, 3 * math.pi / 4):
+        direction = double([math.cos(angle), math.sin(angle)])
+        parts = Normal(MIX.mu @ direction, MIX.std)                 # a Gaussian for each component
+
+        def cdf(v):
+            return (weight * parts.cdf(v[:, None])).sum(dim=1)
+
+        distances.append(law_distance(samples @ direction, cdf))
+    return max(distances)
 
 
 @pytest.fixture
@@ -76,6 +99,26 @@ def divergence(f, x):
 
 
 # ---------------------------------------------------------------- the oracle
+
+@ALL_PATHS
+@pytest.mark.parametrize("y", [NULL, 0, 2])
+def test_oracle_is_the_mixture_of_its_components(path, y, x):
+    """p_t(x|y) = sum_k weight_k N(x; alpha mu_k, alpha^2 std_k^2 + beta^2), for k of class y."""
+    inside = (MIX.label == y) | torch.tensor(y == NULL)
+    alpha = path.alpha(double(0.6))
+    beta = path.beta(double(0.6))
+    std = (alpha**2 * MIX.std**2 + beta**2).sqrt()[inside]
+    parts = Independent(Normal(alpha * MIX.mu[inside], std[:, None]), 1)
+    law = MixtureSameFamily(Categorical(MIX.weight[inside]), parts)
+    close(MIX.log_p(path, x, 0.6, labels(y, x)), law.log_prob(x))
+
+
+@pytest.mark.parametrize("y", [NULL, 0, 2])
+def test_oracle_draws_from_its_law(y):
+    """z ~ p(z|y)."""
+    torch.manual_seed(0)
+    assert data_law_distance(MIX.draw(4000, y), y) < 0.03
+
 
 @ALL_PATHS
 @pytest.mark.parametrize("y", [NULL, 0, 2])
@@ -487,13 +530,6 @@ def test_labels_are_dropped_sample_by_sample_and_never_in_place():
     assert distance(share, double(0.1)) < 0.025
     assert torch.equal(cfg_min.drop_labels(y, 0.0), y)
     assert (cfg_min.drop_labels(y, 1.0) == NULL).all()
-
-
-def law_distance(samples, cdf):
-    """Kolmogorov's sup |F_n - F|, of samples (n,) from F; 1.6 / sqrt(n) is exceeded once in 100."""
-    n = len(samples)
-    F_n = (torch.arange(n).double() + 0.5) / n
-    return distance(cdf(samples.double().sort().values), F_n)
 
 
 def uniform_cdf(t):
@@ -1058,17 +1094,8 @@ ALL_RUNS = pytest.mark.parametrize("run", RUNS)
 @ALL_RUNS
 @pytest.mark.parametrize("w, y", [(0, NULL), (1, 0)])
 def test_samplers_end_in_the_data_law(run, path, w, y):
-    """w = 1 ends in p(.|y), w = 0 in p: quantiles along four lines through the plane."""
-    samples = simulate(run, path, 0, w)
-    weight = MIX.log_weight[:, y].exp()[None]                       # (1, K)
-    for angle in (0, math.pi / 4, math.pi / 2, 3 * math.pi / 4):
-        direction = double([math.cos(angle), math.sin(angle)])
-        parts = Normal(MIX.mu @ direction, MIX.std)                 # a Gaussian for each component
-
-        def cdf(v):
-            return (weight * parts.cdf(v[:, None])).sum(dim=1)
-
-        assert law_distance(samples @ direction, cdf) < 0.04
+    """w = 1 ends in p(.|y), w = 0 in p."""
+    assert data_law_distance(simulate(run, path, 0, w), y) < 0.04
 
 
 @pytest.mark.parametrize("run", ["euler", "heun", "ddim 0"])
