@@ -45,7 +45,7 @@ def law_distance(samples, cdf):
 
 def data_law_distance(samples, y):
     """law_distance of points of the plane from MIX's p(z|y): the largest along four directions."""
-    weight = MIX.log_weight(torch.tensor([y])).exp()                # (1, K)
+    weight = MIX.log_weight[:, y].exp()[None]                       # (1, K)
     distances = []
     for angle in (0, math.pi / 4, math.pi / 2, 3 * math.pi / 4):
         direction = double([math.cos(angle), math.sin(angle)])
