@@ -22,7 +22,7 @@ from vae import VAE
 
 HERE = Path(__file__).parent
 NETS = {"unet": UNet, "dit": DiT, "vae": VAE, "classifier": NoisyClassifier}
-FIELDS = "unet", "dit"                          # the networks that can be sampled from
+FIELDS = set(NETS) - {"vae", "classifier"}      # the networks that can be sampled from
 KEYS = {"config", "step", "weights"}
 CONFIG_KEYS = {"arch", "net", "path", "predict", "latent", "checksum", "real_diversity"}
 

@@ -70,7 +70,7 @@ class Trajectory:
 
     def __init__(self, steps, t0):
         starts = [t for t, _ in times(steps, t0)]
-        self.moments = []
+        self.moments = []                                   # the end for those after the last step
         for k in range(FRAMES - 1):
             later = [t for t in starts if t > k / (FRAMES - 1) - 1e-6]
             self.moments.append(min(later, default=1.0))
@@ -83,13 +83,17 @@ class Trajectory:
     def frames(self, model, field, y, images):
         """Three rows of 11 images a sample, (3 N, 11, 32, 32): x_t; the guess of its end, E[z|x_t]
         of the guided field; where u_t(x|y) and u_t(x|null) differ, white from 1 on."""
+        end = [images, images, torch.zeros_like(images)]
         columns = []
         for t in self.moments:
+            if t == 1:
+                columns.append(end)
+                continue
             x = torch.cat(self.seen[t])
             guess = model.path.u_to_data(field(x, t, y), x, t)
             shows = label_shows(model, x, t, y)
             columns.append([model.to_images(x), model.to_images(guess), shows])
-        columns.append([images, images, torch.zeros_like(images)])
+        columns.append(end)
         frames = torch.stack([torch.stack(column, dim=1) for column in columns], dim=2)
         return frames.flatten(0, 1)                         # (N, 3, 11, 32, 32) -> (3 N, ...)
 
@@ -243,7 +247,7 @@ def titled(w, grid, trajectory):
     titles = [f"w = {w:g}"]
     if trajectory:
         moments = [k / (FRAMES - 1) for k in range(FRAMES)]
-        titles.append("".join(f"{t:<4g}" for t in moments))
+        titles.append("".join(f"{t:<4g}" for t in moments).rstrip())
     return picture.panel(grid.cpu().numpy(), *titles)
 
 

