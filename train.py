@@ -322,8 +322,8 @@ def parse(argv=None):
     add("--seed", type=number(int, 0, 2**32), default=0)
     add("--data", default=mnist.FILE, help=".npz, or a folder of IDX files")
     add("--path", choices=PATHS, default="condot", help="probability path (condot)")
-    add("--predict", choices=("z", "u", "eps"), default="z",
-        help="what the network's output is (z); z and u learn by the CFM loss, eps by DSM")
+    add("--predict", choices=("z", "u", "eps"),
+        help="what the output is (z; of --latent u); z and u learn by the CFM loss, eps by DSM")
     add("--latent", metavar="VAE.pt", help="train in this autoencoder's latent space")
     add("--out", metavar="FILE.pt", help="runs/<arch>.pt or runs/latent_<arch>.pt")
     add("--resume", action="store_true", help="go on from --out")
@@ -335,6 +335,8 @@ def parse(argv=None):
     for name, value in RECIPES[options.arch].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
+    if options.predict is None:
+        options.predict = "u" if options.latent else "z"
     if options.out is None:
         kind = "latent_" if options.latent else ""
         options.out = f"runs/{kind}{options.arch}.pt"

@@ -54,8 +54,9 @@ def calls(folder, measures, n):
             options = "--sampler", sampler, "--steps", steps
             images, labels, seconds = sampled(folder, "weights/unet.pt", 1, n, *options)
             if sampler == "euler" and budget == 5:
-                show_real(measures, labels)
-            show(f"{sampler}, {budget} calls, {seconds:.0f} s", measures(images, labels))
+                show_real(measures, labels, apart=False)
+            show(f"{sampler}, {budget} calls, {seconds:.0f} s",
+                 measures(images, labels, apart=False))
 
 
 def predict(folder, measures, n):
