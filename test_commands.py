@@ -149,6 +149,19 @@ def test_the_trajectory_has_a_row_a_label_and_a_column_a_moment(run, unet):
     assert read_png("t.png").shape == (32 + 32 * 33 + 8, 32 * 11 + 8)
 
 
+def test_the_readmes_example_runs_as_printed(tmp_path, monkeypatch):
+    """The Python block of README.md writes a picture of ten digits in a row."""
+    monkeypatch.chdir(tmp_path)
+    block = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    torch.manual_seed(0)
+    exec(block, {})
+    row = read_png("digits.png")[4:-4, 4:-4]
+    assert row.shape == (32, 320)
+    images = torch.from_numpy(row.copy()).view(32, 10, 32).transpose(0, 1)
+    classifier, _ = checkpoint.load("weights/classifier.pt")
+    assert mnist.accuracy(classifier, images[:, None], torch.arange(10)) > 0.8
+
+
 # ---------------------------------------------------------------- data
 
 @pytest.fixture
@@ -489,8 +502,8 @@ def test_two_processes_share_the_batch_and_hold_the_same_weights(run, few, capsy
 # ---------------------------------------------------------------- sampling
 
 @pytest.mark.parametrize("path, predict, kinds", [
-    ("condot", "z", 5), ("condot", "u", 5), ("condot", "eps", 4), ("cosine", "z", 5),
-    ("cosine", "eps", 4), ("ddpm", "z", 5), ("ddpm", "u", 5), ("ddpm", "eps", 4)])
+    ("condot", "z", 7), ("condot", "u", 7), ("condot", "eps", 6), ("cosine", "z", 7),
+    ("cosine", "eps", 6), ("ddpm", "z", 7), ("ddpm", "u", 7), ("ddpm", "eps", 6)])
 def test_every_sampler_serves_every_network(run, path, predict, kinds):
     """Each sampler, and --sigma and --noise, make samples of their own.
 
@@ -498,7 +511,8 @@ def test_every_sampler_serves_every_network(run, path, predict, kinds):
     """
     assert run(f"{SHORT_UNET} --path {path} --predict {predict}") == 0
     different = set()
-    for options in ("euler", "heun", "em", "em --sigma 1", "ddim --noise 1"):
+    for options in ("euler", "heun", "em", "em --sigma 1", "ddim --noise 1", "pc",
+                    "pc --corrections 2"):
         images, _ = sampled(run, f"--w 2 --n 2 --steps 4 --sampler {options}")
         different.add(images.tobytes())
     assert len(different) >= kinds
@@ -516,6 +530,27 @@ def test_guidance_is_applied_within_its_interval_only(run):
     assert abs(nowhere - plain).max() == 0
     assert abs(early - guided).max() > 20
     assert abs(early - plain).max() > 20
+
+
+def test_guidance_away_from_a_label_starts_from_that_label(run):
+    """w = 0 away from 8 is the conditional model of 8; w = 3 is another guidance than from null."""
+    line = "--ckpt weights/unet.pt --n 2 --steps 3"
+    eight, _ = sampled(run, f"{line} --label 8 --w 1")
+    start, _ = sampled(run, f"{line} --label 3 --away-from 8 --w 0")
+    away, _ = sampled(run, f"{line} --label 3 --away-from 8 --w 3")
+    guided, _ = sampled(run, f"{line} --label 3 --w 3")
+    assert abs(start - eight).max() <= 2        # rounding
+    assert abs(away - guided).max() > 20
+
+
+def test_the_classifier_moves_the_mean_of_each_ancestral_step(run):
+    """--guidance mean: at w = 0 the unconditional ancestral sampler, at w = 3 another."""
+    line = "--ckpt weights/unet.pt --n 2 --steps 5 --sampler ddim --noise 1"
+    plain, _ = sampled(run, f"{line} --w 0")
+    unmoved, _ = sampled(run, f"{line} --w 0 --guidance mean")
+    moved, _ = sampled(run, f"{line} --w 3 --guidance mean")
+    assert abs(unmoved - plain).max() == 0
+    assert abs(moved - plain).max() > 20
 
 
 def test_samples_depend_on_seed_and_index_alone(run, unet, monkeypatch):
@@ -827,7 +862,8 @@ BAD_SAMPLING = (
     "1 --ckpt no.pt", "1 --ckpt cut.pt", "1 --ckpt empty.pt", "1 --ckpt foreign.pt",
     "1 --ckpt pickled.pt", "1 --ckpt bare.pt", "1 --ckpt vae.pt", "1 --ckpt forged.pt",
     "1 --ckpt script.pt", "1 --ckpt arch.pt", "1 --ckpt other.pt", "1 --ckpt path.pt",
-    "1 --ckpt option.pt",
+    "1 --ckpt option.pt", "1 --corrections 2", "1 --guidance mean",
+    "1 --guidance classifier --away-from 3",
 )
 BAD_LINES = [
     *BAD_COMMANDS,
