@@ -15,6 +15,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
+
 from measures import Measures, read_samples, show, show_names
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,15 +50,22 @@ def show_real(measures, labels, **slow):
 
 def calls(folder, measures, n):
     """Quality against network calls. A step of Heun is two calls."""
+    show_real(measures, torch.arange(n) % 10, apart=False)
     for sampler in ("euler", "heun", "em"):
         for budget in (5, 10, 20, 50, 100, 200):
             steps = (budget + 1) // 2 if sampler == "heun" else budget
             options = "--sampler", sampler, "--steps", steps
             images, labels, seconds = sampled(folder, "weights/unet.pt", 1, n, *options)
-            if sampler == "euler" and budget == 5:
-                show_real(measures, labels, apart=False)
             show(f"{sampler}, {budget} calls, {seconds:.0f} s",
                  measures(images, labels, apart=False))
+
+
+def show_network(folder, measures, n, name, ckpt):
+    """A row at w = 1, by all measures, and one at w = 3, whose law is not that of the data."""
+    images, labels, _ = sampled(folder, ckpt, 1, n)
+    show(f"{name}, w = 1", measures(images, labels, shape=True))
+    images, labels, _ = sampled(folder, ckpt, 3, n)
+    show(f"{name}, w = 3", measures(images, labels, apart=False))
 
 
 def predict(folder, measures, n):
@@ -64,24 +73,18 @@ def predict(folder, measures, n):
 
     The networks stay in runs/predict_*.pt, and are not trained again.
     """
-    for k, kind in enumerate(("u", "eps", "z")):
+    show_real(measures, torch.arange(n) % 10, shape=True)
+    for kind in ("u", "eps", "z"):
         out = Path("runs") / f"predict_{kind}.pt"
         run("train.py", "--arch", "unet", "--predict", kind, "--out", out, "--resume")
-        for w in (1, 3):
-            images, labels, _ = sampled(folder, out, w, n)
-            if k == 0 and w == 1:
-                show_real(measures, labels, shape=True)
-            show(f"{kind}, w = {w}", measures(images, labels, shape=True))
+        show_network(folder, measures, n, kind, out)
 
 
 def weights(folder, measures, n):
     """The shipped networks."""
-    for k, name in enumerate(("unet", "dit", "latent_dit")):
-        for w in (1, 3):
-            images, labels, _ = sampled(folder, ROOT / f"weights/{name}.pt", w, n)
-            if k == 0 and w == 1:
-                show_real(measures, labels, shape=True)
-            show(f"{name}, w = {w}", measures(images, labels, shape=True))
+    show_real(measures, torch.arange(n) % 10, shape=True)
+    for name in ("unet", "dit", "latent_dit"):
+        show_network(folder, measures, n, name, ROOT / f"weights/{name}.pt")
 
 
 def steps_in(budget, rate, batch):
