@@ -20,6 +20,7 @@ import torch
 from measures import Measures, read_samples, show, show_names
 
 ROOT = Path(__file__).resolve().parent.parent
+STEPS = 10      # of Euler's method, in all tables but calls
 
 
 def run(script, *options):
@@ -62,9 +63,9 @@ def calls(folder, measures, n):
 
 def show_network(folder, measures, n, name, ckpt):
     """A row at w = 1, by all measures, and one at w = 3, whose law is not that of the data."""
-    images, labels, _ = sampled(folder, ckpt, 1, n)
+    images, labels, _ = sampled(folder, ckpt, 1, n, "--steps", STEPS)
     show(f"{name}, w = 1", measures(images, labels, shape=True))
-    images, labels, _ = sampled(folder, ckpt, 3, n)
+    images, labels, _ = sampled(folder, ckpt, 3, n, "--steps", STEPS)
     show(f"{name}, w = 3", measures(images, labels, apart=False))
 
 
@@ -111,9 +112,9 @@ def time_to_quality(folder, measures, n, budgets, seeds, batch=128):
             steps = steps_in(budget, rate, batch)
             seconds, loss = trained(out, steps, seed)
             rate = steps * batch / seconds
-            images, labels, _ = sampled(folder, out, 1, n)
+            images, labels, _ = sampled(folder, out, 1, n, "--steps", STEPS)
             row = measures(images, labels)
-            guided, guided_labels, _ = sampled(folder, out, 3, 1000)
+            guided, guided_labels, _ = sampled(folder, out, 3, 1000, "--steps", STEPS)
             row["w=3 read"] = measures(guided, guided_labels, apart=False)["read"]
             row["loss"] = loss
             row["seconds"] = seconds
