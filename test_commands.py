@@ -450,7 +450,7 @@ train.loss_of = loss_that_remembers_its_first_share
 train.train = train_that_keeps_its_average
 train.main()
 """
-LONGER_UNET = "--arch unet --steps 20 --batch 16 --lr 0.03"
+LONGER_UNET = "--arch unet --steps 20 --batch 16 --lr 0.03 --predict u"
 TORCHRUN = "-m torch.distributed.run --standalone --nproc_per_node=2"
 
 
