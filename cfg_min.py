@@ -64,7 +64,10 @@ def classifier_loss(classifier, path, z, y):
 
 
 def logit_normal(n, mean, std, device=None):
-    """n times t with logit(t) ~ N(mean, std^2): dense around one time; Esser et al. 2024, 3.1."""
+    """n times t with logit(t) ~ N(mean, std^2): dense around one time.
+
+    Esser et al. 2024, section 3.1, whose t runs the other way: their mean is ours negated.
+    """
     return (mean + std * torch.randn(n, device=device)).sigmoid()
 
 

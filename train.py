@@ -282,7 +282,8 @@ def train(config, images, labels, out, save_every, resume):
 @torch.no_grad()
 def encode(file, images, device):
     """Latents (N, 4, 8, 8) of unit variance of images (N, 1, 32, 32) uint8, by the autoencoder in
-    file; and what a checkpoint keeps of it. Unit variance: Rombach et al. 2022, appendix G."""
+    file; and what a checkpoint keeps of it. Unit variance: Rombach et al. 2022, appendix G,
+    who draw the latent where this takes its mean."""
     vae, vae_config = checkpoint.load(file, device)
     if vae_config["arch"] != "vae":
         raise BadInput(f"--latent {file}: not of --arch vae")
