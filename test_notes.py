@@ -32,6 +32,8 @@ def tables():
     found = {}
     for section in TEXT.split("\n## ")[1:]:
         note = section[1:4]                     # `000`: ...
+        if not note.isdigit():                  # the list of misprints
+            continue
         lines = re.findall(r"^\| (\d.*) \|$", section, re.MULTILINE)
         found[note] = [line.split(" | ") for line in lines]
     return found
