@@ -1390,12 +1390,13 @@ def test_training_and_sampling_keep_to_their_device(make, options, shape, predic
     """On torch's meta device, where nothing has a value: losses and samplers neither leave the
     tensors' device nor wait for a number; so they would not on an accelerator."""
     arch = "unet" if make is UNet else "dit"
-    config = dict(arch=arch, path="condot", predict=predict, latent=bool(options), eta=0.1)
+    config = dict(arch=arch, path="condot", predict=predict, latent=bool(options), eta=0.1,
+                  steps=1)
     with torch.device("meta"):
         net = make(**options)
     z = torch.empty(4, *shape, device="meta")
     y = torch.empty(4, dtype=torch.int64, device="meta")
-    assert train.loss_of(config, net, z, y).device.type == "meta"
+    assert train.loss_of(config, net, z, y, 0).device.type == "meta"
     field = vector_field(net, config)
 
     def guided(x, t):
@@ -1489,6 +1490,17 @@ def test_vae_decodes_a_draw_of_its_posterior():
     close(mean, net.encode(x), 1e-5)
     assert log_var.abs().max() > 0.1            # else std and var are alike
     close(recon, net.decode(mean + log_var.exp().sqrt() * eps), 1e-5)
+
+
+def test_the_autoencoder_writes_black_and_nothing_below_it():
+    """Held in value, not in gradient, as a predicted z is."""
+    autoencoder = vae.VAE()
+    autoencoder.decoder = torch.nn.Identity()
+    latent = torch.tensor([-1.5, -0.5, 1.5], requires_grad=True)
+    pixels = autoencoder.decode(latent)
+    assert pixels.tolist() == [-1.0, -0.5, 1.5]
+    pixels.sum().backward()
+    assert latent.grad.tolist() == [1, 1, 1]
 
 
 def test_vae_loss_is_minus_the_elbo():

@@ -312,17 +312,40 @@ def test_without_eta_one_label_in_ten_is_dropped(recorder):
     ("z", None, -0.8, 0.8), ("u", None, -1, 1), ("z", "vae.pt", 0, 1)])
 def test_t_is_drawn_where_the_label_is_decided(predict, latent, mean, std):
     """logit(t) ~ N(-0.8, 0.8^2) for a network that predicts z, N(0, 1) in latents."""
-    config = dict(arch="unet", path="condot", predict=predict, eta=0.1, latent=latent)
+    logits = times_of_training(predict, latent, step=0).logit()
+    assert abs(logits.mean() - mean) < 0.05
+    assert abs(logits.std() - std) < 0.05
+
+
+@pytest.mark.parametrize("predict", ["z", "u"])
+def test_in_the_last_third_every_second_time_is_late(predict):
+    """Half of them uniform in [0.4, 0.97], of which 0.22/0.57 lie above 0.75."""
+    before = times_of_training(predict, None, step=59)
+    after = times_of_training(predict, None, step=60)
+    usual = (before > 0.75).double().mean()
+    late = (after > 0.75).double().mean()
+    assert abs(late - (usual + 0.22 / 0.57) / 2) < 0.02
+    assert after.max() < 0.971
+
+
+def test_latents_have_their_times_to_the_end():
+    logits = times_of_training("u", "vae.pt", step=89).logit()
+    assert abs(logits.mean()) < 0.05
+    assert abs(logits.std() - 1) < 0.05
+
+
+def times_of_training(predict, latent, step):
+    """4000 times t at which a step of 90 calls the network."""
+    config = dict(arch="unet", path="condot", predict=predict, eta=0.1, latent=latent, steps=90)
     z = torch.zeros(4000, 1, 1, 1)
     times = []
 
     def net(x, t, y):
-        times.append(t.logit())
+        times.append(t)
         return x
     torch.manual_seed(0)
-    train.loss_of(config, net, z, torch.zeros(4000).long())
-    assert abs(times[0].mean() - mean) < 0.05
-    assert abs(times[0].std() - std) < 0.05
+    train.loss_of(config, net, z, torch.zeros(4000).long(), step)
+    return times[0]
 
 
 def test_a_checkpoint_holds_the_average_of_the_weights(run, monkeypatch):
@@ -436,9 +459,9 @@ first = {}
 loss_of = train.loss_of
 plain_train = train.train
 
-def loss_that_remembers_its_first_share(config, net, z, y):
+def loss_that_remembers_its_first_share(config, net, z, y, step):
     first.setdefault("z", z)
-    return loss_of(config, net, z, y)
+    return loss_of(config, net, z, y, step)
 
 def train_that_keeps_its_average(*arguments):
     average = plain_train(*arguments)
@@ -480,7 +503,7 @@ def loss_on(few, file):
     net, config = checkpoint.load(file)
     images, labels, _, _ = mnist.load(few)
     torch.manual_seed(0)
-    return train.loss_of(config, net, mnist.to_unit(images), labels).item()
+    return train.loss_of(config, net, mnist.to_unit(images), labels, 0).item()
 
 
 def test_two_processes_share_the_batch_and_hold_the_same_weights(run, few, capsys):

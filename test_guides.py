@@ -10,6 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import guides                                                   # noqa: E402
+import measures                                                 # noqa: E402
 from cfg_min import NULL, ddim, euler, guided_field             # noqa: E402
 from oracle import Mixture                                      # noqa: E402
 from paths import CondOT                                        # noqa: E402
@@ -245,3 +246,11 @@ def test_every_row_of_the_table_guides_its_own_way():
     assert len(ends) == 8
     assert all(end.isfinite().all() for end in ends.values())
     assert len({round(end.sum().item(), 6) for end in ends.values()}) == 8
+
+
+def test_the_judge_can_be_trained_where_gradients_are_off():
+    """As on the first run of guides.py, which draws its samples without gradients."""
+    images = torch.randint(0, 256, (20, 1, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        net = measures.fit(measures.make_reader(10), images, torch.arange(20) % 10, 1, batch=10)
+    assert measures.outputs(net, images).shape == (20, 10)

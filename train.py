@@ -32,6 +32,7 @@ TIMES = {                                       # mean and std of logit(t): wher
     "u": (-1.0, 1.0),
     "latent": (0.0, 1.0),                       # the label is decided later there
 }
+LATE = 0.4, 0.97                                # t where the pixels are decided
 
 
 # ---------------------------------------------------------------- one step
@@ -50,7 +51,24 @@ def draw_batch(images, labels, n):
     return z, labels[i]
 
 
-def loss_of(config, net, z, y):
+def draw_times(config, n, step, device):
+    """t (n,), logit-normal: most where the label is decided.
+
+    In the last third of a run half of them are uniform in LATE instead: what tells samples from
+    digits then is the grey of single pixels, which the field near t = 1 decides.
+    """
+    if config["latent"]:
+        return logit_normal(n, *TIMES["latent"], device)
+    t = logit_normal(n, *TIMES[config["predict"]], device)
+    if step < 2 / 3 * config["steps"]:
+        return t
+    low, high = LATE
+    late = low + (high - low) * torch.rand(n, device=device)
+    chosen = torch.rand(n, device=device) < 0.5
+    return torch.where(chosen, late, t)
+
+
+def loss_of(config, net, z, y, step):
     """The loss that --arch and --predict ask for."""
     path = PATHS[config["path"]]
     if config["arch"] == "vae":
@@ -59,8 +77,7 @@ def loss_of(config, net, z, y):
         return classifier_loss(net, path, z, y)
     if config["predict"] == "eps":
         return cfg_dsm_loss(net, path, z, y, config["eta"])
-    mean, std = TIMES["latent" if config["latent"] else config["predict"]]
-    t = logit_normal(len(z), mean, std, z.device)
+    t = draw_times(config, len(z), step, z.device)
     return cfg_cfm_loss(vector_field(net, config), path, z, y, config["eta"], t)
 
 
@@ -261,7 +278,7 @@ def train(config, images, labels, out, save_every, resume):
         torch.manual_seed(seed_of(config["seed"], step, rank))
         z, y = draw_batch(images, labels, config["batch"] // world)
         with autocast(images.device):
-            loss = loss_of(config, shared, z, y)
+            loss = loss_of(config, shared, z, y, step)
         loss.backward()
         optimizers.step(learning_rate(config, step))
         update_average(average, net, step, config["ema"])

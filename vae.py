@@ -2,8 +2,14 @@
 
 004_4aa8a09610484fd5.txt, section 2.3: the generative model works on the latents of a VAE.
 """
+import math
+
 import torch
 import torch.nn as nn
+
+from cfg_min import held
+
+BLACK = -1.0
 
 
 def block(c_in, c_out):
@@ -38,7 +44,7 @@ class VAE(nn.Module):
         return mean
 
     def decode(self, latent):
-        return self.decoder(latent)
+        return held(self.decoder(latent), BLACK, math.inf)  # so that black is exactly black
 
     def forward(self, x, eps):
         """Reconstruction from a draw mean + std eps of q(latent|x); the mean; the log variance."""

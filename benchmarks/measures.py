@@ -49,6 +49,7 @@ def make_reader(classes, c=16):
         nn.Linear(4 * c, classes))
 
 
+@torch.enable_grad()
 def fit(net, images, labels, epochs, batch=100):
     """Train a reader: AdamW, a rate that rises to 4e-3 and falls to 0 (Smith & Topin 2018)."""
     net.train()
