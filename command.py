@@ -1,7 +1,8 @@
-"""What both commands share: errors in one line, checked numbers, files written whole."""
+"""What both commands share: errors in one line, checked numbers, progress, whole files."""
 import argparse
 import glob
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -32,6 +33,12 @@ def number(kind, low, high):
         raise argparse.ArgumentTypeError(f"{string} is not in [{low:g}, {high:g}]")
     check.__name__ = kind.__name__              # for argparse's own message
     return check
+
+
+def in_place(line):
+    """The line as a terminal shows it in place of the one before: cut to its width, rest wiped."""
+    columns = shutil.get_terminal_size().columns
+    return f"\r{line[:columns - 1]}\033[K"
 
 
 def write_whole(path, data):

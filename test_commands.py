@@ -103,6 +103,27 @@ def in_a_process(script, line):
     return [sys.executable, HERE / script, *argv]
 
 
+def on_a_terminal(script, line):
+    """What a command line writes to a terminal, which only a process of its own can have."""
+    pty = pytest.importorskip("pty")            # Windows has none
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(in_a_process(script, line), stdout=theirs)
+    os.close(theirs)
+    written = b""
+    try:
+        while part := os.read(ours, 4096):
+            written += part
+    except OSError:                             # Linux's way to say that it is closed
+        pass
+    assert process.wait() == 0
+    return written.decode()
+
+
+def left_to_see(written):
+    """The lines of a terminal in the end: of each, what follows its last return to the left."""
+    return [line.split("\r")[-1].replace("\033[K", "") for line in written.split("\r\n")]
+
+
 # ---------------------------------------------------------------- pictures
 
 def read_png(file):
@@ -425,6 +446,18 @@ def test_training_needs_no_open_stdout(run, monkeypatch):
     assert run(f"{SHORT_UNET} --out a.pt") == 0
 
 
+def test_training_overwrites_its_line_on_a_terminal(run, few):
+    """One line that changes, with the last step's in the end; the lines around it stay."""
+    written = on_a_terminal("train.py", f"{SHORT_UNET} --data {few}")
+    first, progress, last, end = written.split("\r\n")
+    assert first.startswith("unet on ")
+    assert progress.startswith("\rstep ")
+    assert progress.split("\r")[-1].startswith("step 6/6  loss ")
+    assert progress.count("\r") == progress.count("\033[K") >= 1
+    assert last == "wrote runs/unet.pt"
+    assert end == ""
+
+
 # ---------------------------------------------------------------- two processes
 
 HOOKED = """
@@ -566,6 +599,40 @@ def test_samples_depend_on_seed_and_index_alone(run, unet, monkeypatch):
     assert abs(twelve[:7] - seven).max() <= 2
     assert abs(twelve - by_fives).max() <= 2
     assert abs(twelve - other).max() > 2
+
+
+def test_sampling_shows_its_steps_on_a_terminal_and_wipes_them(run):
+    """Of all chunks, for each w; the report's lines are all that is left."""
+    line = "--ckpt weights/unet.pt --w 0 3 --n 101 --steps 2"
+    written = on_a_terminal("sample.py", f"sample.py {line}")
+    steps = re.findall(r"\rw = (\d): step (\d)/4  \d+ s left\033\[K", written)
+    assert steps == [(w, step) for w in "03" for step in "123"]
+    at_0, at_3, wrote, end = left_to_see(written)
+    assert re.match(r"w = 0: \S+ % read as their label", at_0)
+    assert re.match(r"w = 3: \S+ % read as their label", at_3)
+    assert wrote.startswith("wrote samples.png: ")
+    assert end == ""
+
+
+def test_sampling_shows_no_steps_where_its_output_is_piped(run, unet, capfd):
+    """Neither steps nor a terminal's signs: one line, and nothing on stderr."""
+    assert run(f"sample.py --ckpt {unet} --w 3 --n 101 --steps 2") == 0
+    out, err = capfd.readouterr()
+    assert re.fullmatch(r"wrote samples.png: [^\r\033\n]*\n", out)
+    assert err == ""
+
+
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt, 130), (BadInput, 2)])
+def test_sampling_wipes_its_steps_before_an_error(run, unet, monkeypatch, capsys, error, status):
+    """A Ctrl-C or an error leaves no half line on the terminal."""
+    def fail(self, x):
+        raise error
+    monkeypatch.setattr(os, "isatty", lambda descriptor: True)
+    monkeypatch.setattr(sample.Model, "to_images", fail)
+    assert run(f"sample.py --ckpt {unet} --w 3 --n 1 --steps 2") == status
+    out = capsys.readouterr().out
+    assert "step 1/2" in out
+    assert left_to_see(out) == [""]
 
 
 def test_the_newest_run_is_sampled_from(run, capsys):

@@ -16,7 +16,7 @@ import checkpoint
 import mnist
 from cfg_min import cfg_cfm_loss, cfg_dsm_loss, classifier_loss, logit_normal
 from checkpoint import LATENT_OPTIONS, NETS, autocast, pick_device, vector_field
-from command import BadInput, number, run
+from command import BadInput, in_place, number, run
 from paths import PATHS
 from vae import vae_loss
 
@@ -173,9 +173,8 @@ class Progress:
         rate = steps / seconds
         line = (f"step {self.done}/{self.steps}  loss {self.total / steps:.4f}  "
                 f"{rate * self.batch:.0f} images/s  {(self.steps - self.done) / rate:.0f} s left")
-        if self.terminal:                       # overwrite the line before
-            columns = os.get_terminal_size().columns
-            line = f"\r{line[:columns - 1]}\033[K"
+        if self.terminal:
+            line = in_place(line)
         say(line, end="" if self.terminal and not last else "\n")
         self.restart()
 
