@@ -24,6 +24,16 @@ def run(main):
         return 2
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line, without the usage; the epilog stays as it is."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def number(kind, low, high):
     """An argparse type: a number of that kind in [low, high]."""
     def check(string):

@@ -1,5 +1,4 @@
 """From a checkpoint to a picture: `python sample.py --w 3`. Samples, report, figure, options."""
-import argparse
 import io
 import math
 import os
@@ -18,7 +17,7 @@ import picture
 from cfg_min import (NULL, classifier_gradient, classifier_guided_field, ddim, euler,
                      euler_maruyama, guided_field, heun, ignore, predictor_corrector, times)
 from checkpoint import FIELDS, LATENT_SHAPE, PIXELS_SHAPE, autocast, pick_device
-from command import BadInput, in_place, number, run, write_whole
+from command import BadInput, Parser, in_place, number, run, write_whole
 from mnist import to_bytes
 from paths import PATHS
 
@@ -288,8 +287,17 @@ def write(out, panels, images, y):
 
 # ---------------------------------------------------------------- the command
 
+USAGE = "%(prog)s --w W [W ...] [options]"
+EXAMPLES = """
+examples:
+  python sample.py --w 1 3 5                            a picture of three scales, samples.png
+  python sample.py --w 3 --label 7 --n 20               twenty sevens
+  python sample.py --w 3 --n 5000 --out samples.npz     arrays of images and labels
+"""
+
+
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)   # errors in one line
+    p = Parser(usage=USAGE, epilog=EXAMPLES, description="Draw samples from a trained network.")
     add = p.add_argument
     many = number(int, 1, 1e9)
     share = number(float, 0, 1)
@@ -310,8 +318,8 @@ def parse(argv=None):
         help="the label that guidance leads away from (null)")
     add("--interval", type=share, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
         help="t with guidance, w = 1 outside; Kynkaanniemi et al. 2024 (0 1)")
-    add("--seed", type=number(int, 0, 2**32), default=0)
-    add("--out", default="samples.png", metavar="FILE.png|FILE.npz")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="of all that is random (0)")
+    add("--out", default="samples.png", metavar="FILE.png|FILE.npz", help="(samples.png)")
     add("--trajectory", action="store_true",
         help="show x_t from noise to digit, its guess of the digit, and where the label tells")
     add("--device", help="cuda where there is one, else cpu")

@@ -732,6 +732,45 @@ def test_latents_are_decoded_in_the_autoencoder_s_own_units(few):
     assert (images[:, 0].int() - plain).abs().float().mean() < 10
 
 
+# ---------------------------------------------------------------- help
+
+@pytest.mark.parametrize("module, required", [(train, "--arch"), (sample, "--w")])
+def test_help_has_a_usage_line_and_examples_that_parse(run, capsys, module, required):
+    """--help: the usage in one line, with what is required; commands that can be copied."""
+    script = f"{module.__name__}.py"
+    assert run(f"{script} --help") == 0
+    usage, *lines = capsys.readouterr().out.splitlines()
+    assert re.match(rf"usage: .* {required} .*\[options\]$", usage)
+    examples = [line for line in lines if line.startswith(f"  python {script} ")]
+    assert len(examples) >= 2
+    for example in examples:
+        command_line, *meaning = example.strip().split("   ")
+        assert module.parse(command_line.split()[2:])
+        assert len(meaning[-1]) > 5
+
+
+def test_help_says_the_defaults_of_each_arch_in_words(run, capsys):
+    """--steps, --batch and --lr depend on --arch."""
+    assert run("train.py --help") == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "(unet 1200, dit 2800, vae 2000, classifier 1800)" in words
+    assert "(unet 128, dit 64, vae 128, classifier 128)" in words
+    assert "(unet 0.004, dit 0.008, vae 0.004, classifier 0.004)" in words
+
+
+@pytest.mark.parametrize("line, error", [
+    ("train.py", "the following arguments are required: --arch"),
+    ("sample.py --w x", "argument --w: invalid float value: 'x'"),
+    ("sample.py --w 1 --noise 1", "euler takes no --noise"),
+])
+def test_a_wrong_option_is_named_without_the_usage(run, capsys, line, error):
+    """One line."""
+    assert run(line) == 2
+    err = capsys.readouterr().err
+    assert err.endswith(f": error: {error}\n")
+    assert err.count("\n") == 1
+
+
 # ---------------------------------------------------------------- damage
 
 KILLED_WRITE = """
