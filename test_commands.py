@@ -221,6 +221,48 @@ def test_digits_are_padded_and_labels_are_int64(few):
         assert (y.numpy() == npz["y_train"]).all()
 
 
+@pytest.mark.parametrize("part, images, labels, wrong", [
+    ("training", (6, 64, 64), np.arange(6), r"images uint8 \(6, 64, 64\)"),
+    ("test", (6, 28, 28, 3), np.arange(6), r"images uint8 \(6, 28, 28, 3\)"),
+    ("test", (6, 784), np.arange(6), r"images uint8 \(6, 784\)"),
+    ("test", (6, 0, 0), np.arange(6), r"images uint8 \(6, 0, 0\)"),
+    ("training", (), np.arange(6), r"images uint8 \(\)"),
+    ("training", (0, 28, 28), np.arange(0), "no images"),
+    ("test", (6, 28, 28), np.arange(5), "6 images, but 5 labels"),
+    ("training", (6, 28, 28), np.eye(6, 10, dtype=int), r"labels int64 \(6, 10\)"),
+    ("training", (6, 28, 28), np.arange(6) / 1, r"labels float64 \(6,\)"),
+    ("training", (47, 28, 28), np.arange(47), "labels from 0 to 46"),
+    ("test", (6, 28, 28), np.arange(-1, 5), "labels from -1 to 4"),
+    ("test", (10, 28, 28), np.arange(1, 11), "labels from 1 to 10"),
+])
+def test_what_is_wrong_with_the_data_is_said(tmp_path, few, part, images, labels, wrong):
+    """Which part, what it has, and the sizes and labels that are wanted."""
+    with np.load(few) as npz:
+        arrays = dict(npz)
+    name = {"training": "train", "test": "test"}[part]
+    arrays[f"x_{name}"] = np.zeros(images, np.uint8)
+    arrays[f"y_{name}"] = labels
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(BadInput, match=rf"{part} part has {wrong}; .*\(N, 28, 28\).* in 0\.\.9"):
+        mnist.load(tmp_path / "bad.npz")
+
+
+def test_data_of_three_classes_train_and_sample(run, few):
+    """Labels need not be all of 0 ... 9."""
+    with np.load(few) as npz:
+        arrays = dict(npz)
+    for part in ("train", "test"):
+        kept = arrays[f"y_{part}"] < 3
+        arrays[f"x_{part}"] = arrays[f"x_{part}"][kept]
+        arrays[f"y_{part}"] = arrays[f"y_{part}"][kept]
+    np.savez("three.npz", **arrays)
+    assert run("train.py --arch classifier --steps 2 --batch 8 --data three.npz") == 0
+    assert run(f"{SHORT_UNET} --data three.npz") == 0
+    images, labels = sampled(run, "--w 1 --n 4 --steps 2")
+    assert labels.tolist() == [0, 1, 2, 3]
+    assert images.shape == (4, 32, 32)
+
+
 def test_bytes_and_pixels_are_two_names_of_one_thing():
     """0 ... 255 is -1 ... 1, there and back; what lies outside is clipped."""
     grey = torch.arange(256, dtype=torch.uint8)
@@ -836,7 +878,7 @@ def stumble(*arguments, **options):
     raise Bug
 
 
-@pytest.mark.parametrize("where, what", [(mnist, "are_digits"), (np, "pad"), (np, "frombuffer")])
+@pytest.mark.parametrize("where, what", [(mnist, "fault"), (np, "pad"), (np, "frombuffer")])
 def test_a_bug_in_reading_digits_is_not_bad_data(idx_folder, monkeypatch, where, what):
     """What goes wrong in checking, padding and parsing is not put down to the file."""
     monkeypatch.setattr(where, what, stumble)

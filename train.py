@@ -333,7 +333,8 @@ def parse(argv=None):
     add("--eta", type=share, default=0.1, help="label-drop probability (0.1)")
     add("--ema", type=share, default=0.999, help="decay of the averaged weights (0.999)")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of all that is random (0)")
-    add("--data", default=mnist.FILE, help=".npz, or a folder of IDX files")
+    add("--data", default=mnist.FILE,
+        help=".npz, or a folder of IDX files: images of 28x28, labels of 0 to 9")
     add("--path", choices=PATHS, default="condot", help="probability path (condot)")
     add("--predict", choices=("z", "u", "eps"),
         help="what the output is (z; of --latent u); z and u learn by the CFM loss, eps by DSM")
