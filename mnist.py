@@ -115,5 +115,5 @@ def diversity(images, labels):
     means = []
     for label in labels.unique():
         flat = images[labels == label][:1000].flatten(1).float()
-        means.append(torch.pdist(flat).mean())
+        means.append(torch.pdist(flat.cpu()).mean())        # MPS has no pdist
     return torch.stack(means).nanmean().item()

@@ -322,7 +322,7 @@ def parse(argv=None):
     add("--out", default="samples.png", metavar="FILE.png|FILE.npz", help="(samples.png)")
     add("--trajectory", action="store_true",
         help="show x_t from noise to digit, its guess of the digit, and where the label tells")
-    add("--device", help="cuda where there is one, else cpu")
+    add("--device", help="as torch names it: cpu, cuda, mps (cuda where there is one, else cpu)")
     options = p.parse_args(argv)
     _, takes = SAMPLERS[options.sampler]
     for name in ("noise", "sigma", "corrections"):

@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import command
@@ -720,6 +722,62 @@ def test_latent_models_train_sample_and_insist_on_their_autoencoder(run, few, ar
     assert run("train.py --arch vae --steps 2 --batch 16 --seed 1 --out vae.pt") == 0
     assert run(line) == 2
     assert "another VAE" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- other devices
+
+class NoFloat64(TorchDispatchMode):
+    """Every operation of torch in its scope fails that takes or makes a float64 tensor."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, out)):
+            assert getattr(value, "dtype", None) is not torch.float64, operation
+        return out
+
+
+@pytest.mark.parametrize("options", [
+    "--arch unet", "--arch dit --path cosine --predict u", "--arch unet --path ddpm --predict eps"])
+def test_no_float64_trains_or_samples(run, options):
+    """MPS has none: reading data, training, each sampler."""
+    with NoFloat64():
+        assert run(f"train.py {options} --steps 2 --batch 4 --out a.pt") == 0
+        for sampler in ("euler", "heun", "em", "em --sigma 1", "ddim --noise 1", "pc"):
+            line = f"sample.py --ckpt a.pt --w 3 --n 2 --steps 2 --sampler {sampler}"
+            assert run(line) == 0
+
+
+def test_no_float64_guides_judges_or_works_on_latents(run, capsys):
+    """The classifier, of the data of the networks, and the autoencoder."""
+    with NoFloat64():
+        assert run("train.py --arch classifier --steps 2 --batch 4") == 0
+        assert run("train.py --arch vae --steps 2 --batch 4") == 0
+        assert run("train.py --arch dit --steps 2 --batch 4 --latent runs/vae.pt --out a.pt") == 0
+        assert run("sample.py --ckpt a.pt --w 3 --n 20 --steps 2 --trajectory") == 0
+        assert run("train.py --arch unet --steps 2 --batch 4 --out b.pt") == 0
+        line = "sample.py --ckpt b.pt --w 3 --n 20 --steps 2"
+        assert run(f"{line} --guidance classifier") == 0
+        assert run(f"{line} --guidance mean --sampler ddim --noise 1") == 0
+    assert capsys.readouterr().out.count("% read as their label by runs/classifier.pt") == 3
+
+
+def test_distances_of_images_are_measured_on_the_cpu(few, monkeypatch):
+    """Wherever the images are: pdist is not to be had on MPS."""
+    moved = []
+    pdist = torch.pdist
+
+    def cpu(v):
+        moved.append(v)
+        return v
+
+    def pdist_of_moved(v):
+        assert v is moved[-1]
+        return pdist(v)
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch, "pdist", pdist_of_moved)
+    images, labels, _, _ = mnist.load(few)
+    assert mnist.diversity(images, labels) > 0
+    assert len(moved) == 10
 
 
 # ---------------------------------------------------------------- the shipped weights

@@ -342,7 +342,7 @@ def parse(argv=None):
     add("--out", metavar="FILE.pt", help="runs/<arch>.pt or runs/latent_<arch>.pt")
     add("--resume", action="store_true", help="go on from --out")
     add("--save-every", type=many, default=500, metavar="N", help="steps (500)")
-    add("--device", help="cuda where there is one, else cpu")
+    add("--device", help="as torch names it: cpu, cuda, mps (cuda where there is one, else cpu)")
     options = p.parse_args(argv)
     if options.latent and options.arch not in LATENT_OPTIONS:
         p.error("--latent goes with --arch unet or dit")
