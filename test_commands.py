@@ -33,6 +33,7 @@ from cfg_min import NULL
 from command import BadInput
 from paths import PATHS
 from unet import UNet
+from vae import VAE
 
 HERE = Path(__file__).parent
 SHORT_UNET = "train.py --arch unet --steps 6 --batch 8"
@@ -944,6 +945,14 @@ def test_a_bug_in_reading_digits_is_not_bad_data(idx_folder, monkeypatch, where,
         mnist.load(idx_folder)
 
 
+@pytest.mark.parametrize("where, what", [(mnist, "fault"), (np, "pad"), (torch, "from_numpy")])
+def test_a_bug_after_reading_an_npz_is_not_bad_data(few, monkeypatch, where, what):
+    """Likewise for an .npz, whose guard takes every exception there is."""
+    monkeypatch.setattr(where, what, stumble)
+    with pytest.raises(Bug):
+        mnist.load(few)
+
+
 @pytest.mark.parametrize("where, what", [
     (checkpoint, "is_config"), (UNet, "__init__"), (UNet, "forward"), (nn.Module, "eval"),
     (torch.cuda, "is_available"), (sample, "guided"), (sample, "find_judge"), (picture, "png"),
@@ -965,6 +974,39 @@ def test_a_bug_in_training_is_not_bad_input(run, monkeypatch, where, what):
     monkeypatch.setattr(where, what, stumble)
     with pytest.raises(Bug):
         run(SHORT_UNET)
+
+
+@pytest.mark.parametrize("where, what", [
+    (checkpoint, "has_keys"), (train, "restore"), (nn.Module, "load_state_dict")])
+def test_a_bug_in_resuming_is_not_bad_input(run, unet, monkeypatch, where, what):
+    """Likewise, of a checkpoint that is whole and of this very run."""
+    monkeypatch.setattr(where, what, stumble)
+    with pytest.raises(Bug):
+        run(f"{SHORT_UNET} --out {unet} --resume")
+
+
+@pytest.mark.parametrize("where, what", [
+    (checkpoint, "is_config"), (VAE, "__init__"), (VAE, "encode"), (mnist, "to_unit")])
+def test_a_bug_in_encoding_is_not_bad_input(run, monkeypatch, where, what):
+    """Likewise, of an autoencoder that is whole."""
+    monkeypatch.setattr(where, what, stumble)
+    with pytest.raises(Bug):
+        run("train.py --arch dit --latent weights/vae.pt --steps 1 --batch 4")
+
+
+def test_a_bug_in_reading_a_run_does_not_pass_it_over(run, unet, monkeypatch):
+    """A damaged file of runs/ is passed over; one that a bug keeps us from reading is not."""
+    os.mkdir("runs")
+    Path("runs/unet.pt").write_bytes(unet.read_bytes())
+    load = checkpoint.load
+
+    def load_shipped(file, device="cpu"):
+        if Path(file).parent.name == "runs":
+            raise Bug
+        return load(file, device)
+    monkeypatch.setattr(checkpoint, "load", load_shipped)
+    with pytest.raises(Bug):
+        run("sample.py --w 1 --n 1 --steps 1")
 
 
 # ---------------------------------------------------------------- bad input
