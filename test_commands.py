@@ -1094,7 +1094,8 @@ BAD_COMMANDS = (
 )
 BAD_TRAINING = (
     "--steps 0", "--steps x", "--batch 0", "--eta 1.5", "--eta nan", "--lr 0", "--lr inf",
-    "--ema 2", "--save-every 0", "--seed -1", "--device cuda:9", "--device tpu", "--what",
+    "--ema 2", "--save-every 0", "--seed -1", "--device cuda:9", "--device tpu", "--device meta",
+    "--what",
     "--latent no.pt", "--latent good.pt", "--out file/a.pt",
     "--lr 1 --resume --out good.pt", "--resume --out cut.pt",
     "--data .", "--data no.npz", "--data float.npz", "--data shape.npz", "--data length.npz",
