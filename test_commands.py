@@ -36,6 +36,9 @@ from unet import UNet
 from vae import VAE
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "benchmarks"))
+import pictures                                                 # noqa: E402
+
 SHORT_UNET = "train.py --arch unet --steps 6 --batch 8"
 SHORT_VAE = "train.py --arch vae --steps 2 --batch 8"
 
@@ -184,6 +187,29 @@ def test_the_readmes_example_runs_as_printed(tmp_path, monkeypatch):
     images = torch.from_numpy(row.copy()).view(32, 10, 32).transpose(0, 1)
     classifier, _ = checkpoint.load("weights/classifier.pt")
     assert mnist.accuracy(classifier, images[:, None], torch.arange(10)) > 0.8
+
+
+def test_a_plot_s_line_goes_where_its_numbers_say(tmp_path):
+    """The loss of three lines of a log, 1, 0.5 and 0.25, on an axis of logarithms."""
+    log = tmp_path / "log"
+    log.write_text("".join(f"step {k}/9  loss {2 ** -(k // 4)}  5 images/s\n" for k in (1, 5, 9)))
+    plot = pictures.loss(log)[4 + 16:, 4:]      # without frame and title
+    axes = plot[8:8 + 160, 48:48 + 240] == 255
+    assert axes[0, 27]                          # 1 at step 1, of the ticks 0 ... 9
+    assert axes[79:82, 133].any()               # 0.5 at step 5
+    assert axes[159, 239]                       # 0.25 at step 9
+    assert not axes[81:, :120].any()
+    assert not axes[:78, 140:].any()
+    log.write_text("nothing")
+    with pytest.raises(BadInput):
+        pictures.loss(log)
+
+
+@pytest.mark.parametrize("values, first, last, n", [
+    ([10.8, 100.0], 0, 100, 6), ([0.131, 1.368], 0, 1.4, 8), ([0.906, 1.107], 0.9, 1.15, 6)])
+def test_round_numbers_lie_around_the_values(values, first, last, n):
+    """The numbers on an axis."""
+    assert pictures.round_numbers(values) == pytest.approx(np.linspace(first, last, n))
 
 
 # ---------------------------------------------------------------- data
