@@ -115,7 +115,9 @@ def pick_device(name):
         local_rank = os.environ.get("LOCAL_RANK", 0)        # one GPU a process, under torchrun
         name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
-        return torch.empty(0, device=name).device
+        empty = torch.empty(0, device=name)
+        empty.cpu()                             # not so from meta, which has no values
+        return empty.device
     except (RuntimeError, AssertionError):
         raise BadInput(f"--device {name}: not to be had here; try --device cpu") from None
 

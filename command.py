@@ -1,7 +1,8 @@
-"""What both commands share: errors in one line, checked numbers, files written whole."""
+"""What both commands share: errors in one line, checked numbers, progress, whole files."""
 import argparse
 import glob
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -23,6 +24,16 @@ def run(main):
         return 2
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose errors are one line, without the usage; the epilog stays as it is."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def number(kind, low, high):
     """An argparse type: a number of that kind in [low, high]."""
     def check(string):
@@ -32,6 +43,12 @@ def number(kind, low, high):
         raise argparse.ArgumentTypeError(f"{string} is not in [{low:g}, {high:g}]")
     check.__name__ = kind.__name__              # for argparse's own message
     return check
+
+
+def in_place(line):
+    """The line as a terminal shows it in place of the one before: cut to its width, rest wiped."""
+    columns = shutil.get_terminal_size().columns
+    return f"\r{line[:columns - 1]}\033[K"
 
 
 def write_whole(path, data):

@@ -52,13 +52,19 @@ def read_npz(file):
         raise unreadable(file, error) from None
 
 
-def are_digits(images, labels):
-    """Whether these are images (N, 28, 28) uint8 and labels (N,) in 0..9, N > 0."""
-    if images.dtype != np.uint8 or labels.dtype.kind not in "iu" or labels.ndim != 1:
-        return False
-    if len(labels) == 0 or images.shape != (len(labels), 28, 28):
-        return False
-    return labels.min() >= 0 and labels.max() <= 9
+def fault(images, labels):
+    """What keeps these from being images (N, 28, 28) uint8 and labels (N,) in 0..9, or None."""
+    if images.dtype != np.uint8 or images.shape[1:] != (28, 28):
+        return f"images {images.dtype} {images.shape}"
+    if labels.dtype.kind not in "iu" or labels.ndim != 1:
+        return f"labels {labels.dtype} {labels.shape}"
+    if len(images) != len(labels):
+        return f"{len(images)} images, but {len(labels)} labels"
+    if len(images) == 0:
+        return "no images"
+    if labels.min() < 0 or labels.max() > 9:
+        return f"labels from {labels.min()} to {labels.max()}"
+    return None
 
 
 def load(path=FILE):
@@ -72,10 +78,10 @@ def load(path=FILE):
     else:
         arrays = read_npz(path)
     out = []
-    for images, labels in (arrays[:2], arrays[2:]):
-        if not are_digits(images, labels):
-            found = f"{images.dtype} {images.shape} and {labels.dtype} {labels.shape}"
-            raise bad_data(path, f"has {found}")
+    for part, images, labels in (("training", *arrays[:2]), ("test", *arrays[2:])):
+        wrong = fault(images, labels)
+        if wrong:
+            raise bad_data(path, f"its {part} part has {wrong}")
         padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))       # (N, 32, 32)
         out.append(torch.from_numpy(padded)[:, None])           # (N, 1, 32, 32)
         out.append(torch.from_numpy(labels.astype(np.int64)))
@@ -109,5 +115,5 @@ def diversity(images, labels):
     means = []
     for label in labels.unique():
         flat = images[labels == label][:1000].flatten(1).float()
-        means.append(torch.pdist(flat).mean())
+        means.append(torch.pdist(flat.cpu()).mean())        # MPS has no pdist
     return torch.stack(means).nanmean().item()

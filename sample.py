@@ -1,6 +1,6 @@
 """From a checkpoint to a picture: `python sample.py --w 3`. Samples, report, figure, options."""
-import argparse
 import io
+import math
 import os
 import sys
 import time
@@ -17,7 +17,7 @@ import picture
 from cfg_min import (NULL, classifier_gradient, classifier_guided_field, ddim, euler,
                      euler_maruyama, guided_field, heun, ignore, predictor_corrector, times)
 from checkpoint import FIELDS, LATENT_SHAPE, PIXELS_SHAPE, autocast, pick_device
-from command import BadInput, number, run, write_whole
+from command import BadInput, Parser, in_place, number, run, write_whole
 from mnist import to_bytes
 from paths import PATHS
 
@@ -213,6 +213,30 @@ def first_time(model, guidance):
 
 # ---------------------------------------------------------------- what is said and shown
 
+class Progress:
+    """On a terminal: the line that says how far the samples of w are; wiped in the end."""
+
+    def __init__(self, w, steps, watch):
+        self.w = w
+        self.steps = steps                      # of all chunks
+        self.also = watch                       # a trajectory's, or ignore
+        self.terminal = os.isatty(1)
+        self.done = 0
+        self.began = time.time()
+
+    def watch(self, t, x):
+        self.also(t, x)
+        if self.terminal and self.done > 0:
+            left = (time.time() - self.began) / self.done * (self.steps - self.done)
+            line = f"w = {self.w:g}: step {self.done}/{self.steps}  {left:.0f} s left"
+            print(in_place(line), end="", flush=True)
+        self.done += 1
+
+    def wipe(self):
+        if self.terminal:
+            print(in_place(""), end="", flush=True)
+
+
 def images_of(model, samples):
     """Chunks of x at t = 1 as images (N, 32, 32) uint8. Raises BadInput."""
     images = []
@@ -263,8 +287,17 @@ def write(out, panels, images, y):
 
 # ---------------------------------------------------------------- the command
 
+USAGE = "%(prog)s --w W [W ...] [options]"
+EXAMPLES = """
+examples:
+  python sample.py --w 1 3 5                            a picture of three scales, samples.png
+  python sample.py --w 3 --label 7 --n 20               twenty sevens
+  python sample.py --w 3 --n 5000 --out samples.npz     arrays of images and labels
+"""
+
+
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)   # errors in one line
+    p = Parser(usage=USAGE, epilog=EXAMPLES, description="Draw samples from a trained network.")
     add = p.add_argument
     many = number(int, 1, 1e9)
     share = number(float, 0, 1)
@@ -285,11 +318,11 @@ def parse(argv=None):
         help="the label that guidance leads away from (null)")
     add("--interval", type=share, nargs=2, default=(0.0, 1.0), metavar=("LO", "HI"),
         help="t with guidance, w = 1 outside; Kynkaanniemi et al. 2024 (0 1)")
-    add("--seed", type=number(int, 0, 2**32), default=0)
-    add("--out", default="samples.png", metavar="FILE.png|FILE.npz")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="of all that is random (0)")
+    add("--out", default="samples.png", metavar="FILE.png|FILE.npz", help="(samples.png)")
     add("--trajectory", action="store_true",
         help="show x_t from noise to digit, its guess of the digit, and where the label tells")
-    add("--device", help="cuda where there is one, else cpu")
+    add("--device", help="as torch names it: cpu, cuda, mps (cuda where there is one, else cpu)")
     options = p.parse_args(argv)
     _, takes = SAMPLERS[options.sampler]
     for name in ("noise", "sigma", "corrections"):
@@ -329,6 +362,23 @@ def sampler_options(options, path, corrector, push):
     return {name: value for name, value in given.items() if name in takes and value is not None}
 
 
+def drawn(model, judge, options, w, y, t0, trajectory):
+    """Samples of the labels y (N,) at scale w, as images (N, 32, 32) uint8. Raises BadInput."""
+    towards_w = guided(model, judge, options, w)
+    field = towards_w
+    if options.sampler == "pc":                 # predicts with u_t(x|y), corrects towards w
+        field = guided(model, judge, options, 1.0)
+    given = sampler_options(options, model.path, towards_w, pushed(judge, options, w))
+    steps = math.ceil(len(y) / CHUNK) * options.steps
+    progress = Progress(w, steps, trajectory.watch if trajectory else ignore)
+    samples = generate(field, y, model.shape(), options.seed, options.sampler, options.steps,
+                       given, t0, progress.watch)
+    try:
+        return images_of(model, samples)
+    finally:
+        progress.wipe()
+
+
 @torch.no_grad()
 def main(argv=None):
     options = parse(argv)
@@ -341,20 +391,12 @@ def main(argv=None):
     t0 = first_time(model, options.guidance)
     panels = []
     for w in options.w:
-        towards_w = guided(model, judge, options, w)
-        field = towards_w
-        if options.sampler == "pc":             # predicts with u_t(x|y), corrects towards w
-            field = guided(model, judge, options, 1.0)
-        given = sampler_options(options, model.path, towards_w, pushed(judge, options, w))
         trajectory = Trajectory(options.steps, t0) if options.trajectory else None
-        watch = trajectory.watch if trajectory else ignore
-        samples = generate(field, y, model.shape(), options.seed, options.sampler, options.steps,
-                           given, t0, watch)
-        images = images_of(model, samples)
+        images = drawn(model, judge, options, w, y, t0, trajectory)
         if judge:
             report(w, images, y, judge, judge_file, model.config["real_diversity"])
         if trajectory:
-            grid = trajectory.frames(model, towards_w, y, images)
+            grid = trajectory.frames(model, guided(model, judge, options, w), y, images)
         else:
             grid = by_label(images, rows)
         panels.append(titled(w, grid, trajectory))

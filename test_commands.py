@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import command
@@ -31,8 +33,12 @@ from cfg_min import NULL
 from command import BadInput
 from paths import PATHS
 from unet import UNet
+from vae import VAE
 
 HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE / "benchmarks"))
+import pictures                                                 # noqa: E402
+
 SHORT_UNET = "train.py --arch unet --steps 6 --batch 8"
 SHORT_VAE = "train.py --arch vae --steps 2 --batch 8"
 
@@ -103,6 +109,27 @@ def in_a_process(script, line):
     return [sys.executable, HERE / script, *argv]
 
 
+def on_a_terminal(script, line):
+    """What a command line writes to a terminal, which only a process of its own can have."""
+    pty = pytest.importorskip("pty")            # Windows has none
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen(in_a_process(script, line), stdout=theirs)
+    os.close(theirs)
+    written = b""
+    try:
+        while part := os.read(ours, 4096):
+            written += part
+    except OSError:                             # Linux's way to say that it is closed
+        pass
+    assert process.wait() == 0
+    return written.decode()
+
+
+def left_to_see(written):
+    """The lines of a terminal in the end: of each, what follows its last return to the left."""
+    return [line.split("\r")[-1].replace("\033[K", "") for line in written.split("\r\n")]
+
+
 # ---------------------------------------------------------------- pictures
 
 def read_png(file):
@@ -162,6 +189,29 @@ def test_the_readmes_example_runs_as_printed(tmp_path, monkeypatch):
     assert mnist.accuracy(classifier, images[:, None], torch.arange(10)) > 0.8
 
 
+def test_a_plot_s_line_goes_where_its_numbers_say(tmp_path):
+    """The loss of three lines of a log, 1, 0.5 and 0.25, on an axis of logarithms."""
+    log = tmp_path / "log"
+    log.write_text("".join(f"step {k}/9  loss {2 ** -(k // 4)}  5 images/s\n" for k in (1, 5, 9)))
+    plot = pictures.loss(log)[4 + 16:, 4:]      # without frame and title
+    axes = plot[8:8 + 160, 48:48 + 240] == 255
+    assert axes[0, 27]                          # 1 at step 1, of the ticks 0 ... 9
+    assert axes[79:82, 133].any()               # 0.5 at step 5
+    assert axes[159, 239]                       # 0.25 at step 9
+    assert not axes[81:, :120].any()
+    assert not axes[:78, 140:].any()
+    log.write_text("nothing")
+    with pytest.raises(BadInput):
+        pictures.loss(log)
+
+
+@pytest.mark.parametrize("values, first, last, n", [
+    ([10.8, 100.0], 0, 100, 6), ([0.131, 1.368], 0, 1.4, 8), ([0.906, 1.107], 0.9, 1.15, 6)])
+def test_round_numbers_lie_around_the_values(values, first, last, n):
+    """The numbers on an axis."""
+    assert pictures.round_numbers(values) == pytest.approx(np.linspace(first, last, n))
+
+
 # ---------------------------------------------------------------- data
 
 @pytest.fixture
@@ -198,6 +248,48 @@ def test_digits_are_padded_and_labels_are_int64(few):
     with np.load(few) as npz:
         assert (x[:, 0, 2:-2, 2:-2].numpy() == npz["x_train"]).all()
         assert (y.numpy() == npz["y_train"]).all()
+
+
+@pytest.mark.parametrize("part, images, labels, wrong", [
+    ("training", (6, 64, 64), np.arange(6), r"images uint8 \(6, 64, 64\)"),
+    ("test", (6, 28, 28, 3), np.arange(6), r"images uint8 \(6, 28, 28, 3\)"),
+    ("test", (6, 784), np.arange(6), r"images uint8 \(6, 784\)"),
+    ("test", (6, 0, 0), np.arange(6), r"images uint8 \(6, 0, 0\)"),
+    ("training", (), np.arange(6), r"images uint8 \(\)"),
+    ("training", (0, 28, 28), np.arange(0), "no images"),
+    ("test", (6, 28, 28), np.arange(5), "6 images, but 5 labels"),
+    ("training", (6, 28, 28), np.eye(6, 10, dtype=int), r"labels int64 \(6, 10\)"),
+    ("training", (6, 28, 28), np.arange(6) / 1, r"labels float64 \(6,\)"),
+    ("training", (47, 28, 28), np.arange(47), "labels from 0 to 46"),
+    ("test", (6, 28, 28), np.arange(-1, 5), "labels from -1 to 4"),
+    ("test", (10, 28, 28), np.arange(1, 11), "labels from 1 to 10"),
+])
+def test_what_is_wrong_with_the_data_is_said(tmp_path, few, part, images, labels, wrong):
+    """Which part, what it has, and the sizes and labels that are wanted."""
+    with np.load(few) as npz:
+        arrays = dict(npz)
+    name = {"training": "train", "test": "test"}[part]
+    arrays[f"x_{name}"] = np.zeros(images, np.uint8)
+    arrays[f"y_{name}"] = labels
+    np.savez(tmp_path / "bad.npz", **arrays)
+    with pytest.raises(BadInput, match=rf"{part} part has {wrong}; .*\(N, 28, 28\).* in 0\.\.9"):
+        mnist.load(tmp_path / "bad.npz")
+
+
+def test_data_of_three_classes_train_and_sample(run, few):
+    """Labels need not be all of 0 ... 9."""
+    with np.load(few) as npz:
+        arrays = dict(npz)
+    for part in ("train", "test"):
+        kept = arrays[f"y_{part}"] < 3
+        arrays[f"x_{part}"] = arrays[f"x_{part}"][kept]
+        arrays[f"y_{part}"] = arrays[f"y_{part}"][kept]
+    np.savez("three.npz", **arrays)
+    assert run("train.py --arch classifier --steps 2 --batch 8 --data three.npz") == 0
+    assert run(f"{SHORT_UNET} --data three.npz") == 0
+    images, labels = sampled(run, "--w 1 --n 4 --steps 2")
+    assert labels.tolist() == [0, 1, 2, 3]
+    assert images.shape == (4, 32, 32)
 
 
 def test_bytes_and_pixels_are_two_names_of_one_thing():
@@ -448,6 +540,18 @@ def test_training_needs_no_open_stdout(run, monkeypatch):
     assert run(f"{SHORT_UNET} --out a.pt") == 0
 
 
+def test_training_overwrites_its_line_on_a_terminal(run, few):
+    """One line that changes, with the last step's in the end; the lines around it stay."""
+    written = on_a_terminal("train.py", f"{SHORT_UNET} --data {few}")
+    first, progress, last, end = written.split("\r\n")
+    assert first.startswith("unet on ")
+    assert progress.startswith("\rstep ")
+    assert progress.split("\r")[-1].startswith("step 6/6  loss ")
+    assert progress.count("\r") == progress.count("\033[K") >= 1
+    assert last == "wrote runs/unet.pt"
+    assert end == ""
+
+
 # ---------------------------------------------------------------- two processes
 
 HOOKED = """
@@ -591,6 +695,40 @@ def test_samples_depend_on_seed_and_index_alone(run, unet, monkeypatch):
     assert abs(twelve - other).max() > 2
 
 
+def test_sampling_shows_its_steps_on_a_terminal_and_wipes_them(run):
+    """Of all chunks, for each w; the report's lines are all that is left."""
+    line = "--ckpt weights/unet.pt --w 0 3 --n 101 --steps 2"
+    written = on_a_terminal("sample.py", f"sample.py {line}")
+    steps = re.findall(r"\rw = (\d): step (\d)/4  \d+ s left\033\[K", written)
+    assert steps == [(w, step) for w in "03" for step in "123"]
+    at_0, at_3, wrote, end = left_to_see(written)
+    assert re.match(r"w = 0: \S+ % read as their label", at_0)
+    assert re.match(r"w = 3: \S+ % read as their label", at_3)
+    assert wrote.startswith("wrote samples.png: ")
+    assert end == ""
+
+
+def test_sampling_shows_no_steps_where_its_output_is_piped(run, unet, capfd):
+    """Neither steps nor a terminal's signs: one line, and nothing on stderr."""
+    assert run(f"sample.py --ckpt {unet} --w 3 --n 101 --steps 2") == 0
+    out, err = capfd.readouterr()
+    assert re.fullmatch(r"wrote samples.png: [^\r\033\n]*\n", out)
+    assert err == ""
+
+
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt, 130), (BadInput, 2)])
+def test_sampling_wipes_its_steps_before_an_error(run, unet, monkeypatch, capsys, error, status):
+    """A Ctrl-C or an error leaves no half line on the terminal."""
+    def fail(self, x):
+        raise error
+    monkeypatch.setattr(os, "isatty", lambda descriptor: True)
+    monkeypatch.setattr(sample.Model, "to_images", fail)
+    assert run(f"sample.py --ckpt {unet} --w 3 --n 1 --steps 2") == status
+    out = capsys.readouterr().out
+    assert "step 1/2" in out
+    assert left_to_see(out) == [""]
+
+
 def test_the_newest_run_is_sampled_from(run, capsys):
     """Without --ckpt: the newest file of runs/ that can be sampled from."""
     assert run(SHORT_UNET) == 0
@@ -634,6 +772,62 @@ def test_latent_models_train_sample_and_insist_on_their_autoencoder(run, few, ar
     assert run("train.py --arch vae --steps 2 --batch 16 --seed 1 --out vae.pt") == 0
     assert run(line) == 2
     assert "another VAE" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- other devices
+
+class NoFloat64(TorchDispatchMode):
+    """Every operation of torch in its scope fails that takes or makes a float64 tensor."""
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for value in tree_leaves((args, kwargs, out)):
+            assert getattr(value, "dtype", None) is not torch.float64, operation
+        return out
+
+
+@pytest.mark.parametrize("options", [
+    "--arch unet", "--arch dit --path cosine --predict u", "--arch unet --path ddpm --predict eps"])
+def test_no_float64_trains_or_samples(run, options):
+    """MPS has none: reading data, training, each sampler."""
+    with NoFloat64():
+        assert run(f"train.py {options} --steps 2 --batch 4 --out a.pt") == 0
+        for sampler in ("euler", "heun", "em", "em --sigma 1", "ddim --noise 1", "pc"):
+            line = f"sample.py --ckpt a.pt --w 3 --n 2 --steps 2 --sampler {sampler}"
+            assert run(line) == 0
+
+
+def test_no_float64_guides_judges_or_works_on_latents(run, capsys):
+    """The classifier, of the data of the networks, and the autoencoder."""
+    with NoFloat64():
+        assert run("train.py --arch classifier --steps 2 --batch 4") == 0
+        assert run("train.py --arch vae --steps 2 --batch 4") == 0
+        assert run("train.py --arch dit --steps 2 --batch 4 --latent runs/vae.pt --out a.pt") == 0
+        assert run("sample.py --ckpt a.pt --w 3 --n 20 --steps 2 --trajectory") == 0
+        assert run("train.py --arch unet --steps 2 --batch 4 --out b.pt") == 0
+        line = "sample.py --ckpt b.pt --w 3 --n 20 --steps 2"
+        assert run(f"{line} --guidance classifier") == 0
+        assert run(f"{line} --guidance mean --sampler ddim --noise 1") == 0
+    assert capsys.readouterr().out.count("% read as their label by runs/classifier.pt") == 3
+
+
+def test_distances_of_images_are_measured_on_the_cpu(few, monkeypatch):
+    """Wherever the images are: pdist is not to be had on MPS."""
+    moved = []
+    pdist = torch.pdist
+
+    def cpu(v):
+        moved.append(v)
+        return v
+
+    def pdist_of_moved(v):
+        assert v is moved[-1]
+        return pdist(v)
+    monkeypatch.setattr(torch.Tensor, "cpu", cpu)
+    monkeypatch.setattr(torch, "pdist", pdist_of_moved)
+    images, labels, _, _ = mnist.load(few)
+    assert mnist.diversity(images, labels) > 0
+    assert len(moved) == 10
 
 
 # ---------------------------------------------------------------- the shipped weights
@@ -686,6 +880,45 @@ def test_latents_are_decoded_in_the_autoencoder_s_own_units(few):
     assert abs(latents.std() - 1) < 0.05
     assert (model.to_images(latents).int() - plain).abs().max() <= 1
     assert (images[:, 0].int() - plain).abs().float().mean() < 10
+
+
+# ---------------------------------------------------------------- help
+
+@pytest.mark.parametrize("module, required", [(train, "--arch"), (sample, "--w")])
+def test_help_has_a_usage_line_and_examples_that_parse(run, capsys, module, required):
+    """--help: the usage in one line, with what is required; commands that can be copied."""
+    script = f"{module.__name__}.py"
+    assert run(f"{script} --help") == 0
+    usage, *lines = capsys.readouterr().out.splitlines()
+    assert re.match(rf"usage: .* {required} .*\[options\]$", usage)
+    examples = [line for line in lines if line.startswith(f"  python {script} ")]
+    assert len(examples) >= 2
+    for example in examples:
+        command_line, *meaning = example.strip().split("   ")
+        assert module.parse(command_line.split()[2:])
+        assert len(meaning[-1]) > 5
+
+
+def test_help_says_the_defaults_of_each_arch_in_words(run, capsys):
+    """--steps, --batch and --lr depend on --arch."""
+    assert run("train.py --help") == 0
+    words = " ".join(capsys.readouterr().out.split())
+    assert "(unet 1200, dit 2800, vae 2000, classifier 1800)" in words
+    assert "(unet 128, dit 64, vae 128, classifier 128)" in words
+    assert "(unet 0.004, dit 0.008, vae 0.004, classifier 0.004)" in words
+
+
+@pytest.mark.parametrize("line, error", [
+    ("train.py", "the following arguments are required: --arch"),
+    ("sample.py --w x", "argument --w: invalid float value: 'x'"),
+    ("sample.py --w 1 --noise 1", "euler takes no --noise"),
+])
+def test_a_wrong_option_is_named_without_the_usage(run, capsys, line, error):
+    """One line."""
+    assert run(line) == 2
+    err = capsys.readouterr().err
+    assert err.endswith(f": error: {error}\n")
+    assert err.count("\n") == 1
 
 
 # ---------------------------------------------------------------- damage
@@ -753,12 +986,20 @@ def stumble(*arguments, **options):
     raise Bug
 
 
-@pytest.mark.parametrize("where, what", [(mnist, "are_digits"), (np, "pad"), (np, "frombuffer")])
+@pytest.mark.parametrize("where, what", [(mnist, "fault"), (np, "pad"), (np, "frombuffer")])
 def test_a_bug_in_reading_digits_is_not_bad_data(idx_folder, monkeypatch, where, what):
     """What goes wrong in checking, padding and parsing is not put down to the file."""
     monkeypatch.setattr(where, what, stumble)
     with pytest.raises(Bug):
         mnist.load(idx_folder)
+
+
+@pytest.mark.parametrize("where, what", [(mnist, "fault"), (np, "pad"), (torch, "from_numpy")])
+def test_a_bug_after_reading_an_npz_is_not_bad_data(few, monkeypatch, where, what):
+    """Likewise for an .npz, whose guard takes every exception there is."""
+    monkeypatch.setattr(where, what, stumble)
+    with pytest.raises(Bug):
+        mnist.load(few)
 
 
 @pytest.mark.parametrize("where, what", [
@@ -782,6 +1023,39 @@ def test_a_bug_in_training_is_not_bad_input(run, monkeypatch, where, what):
     monkeypatch.setattr(where, what, stumble)
     with pytest.raises(Bug):
         run(SHORT_UNET)
+
+
+@pytest.mark.parametrize("where, what", [
+    (checkpoint, "has_keys"), (train, "restore"), (nn.Module, "load_state_dict")])
+def test_a_bug_in_resuming_is_not_bad_input(run, unet, monkeypatch, where, what):
+    """Likewise, of a checkpoint that is whole and of this very run."""
+    monkeypatch.setattr(where, what, stumble)
+    with pytest.raises(Bug):
+        run(f"{SHORT_UNET} --out {unet} --resume")
+
+
+@pytest.mark.parametrize("where, what", [
+    (checkpoint, "is_config"), (VAE, "__init__"), (VAE, "encode"), (mnist, "to_unit")])
+def test_a_bug_in_encoding_is_not_bad_input(run, monkeypatch, where, what):
+    """Likewise, of an autoencoder that is whole."""
+    monkeypatch.setattr(where, what, stumble)
+    with pytest.raises(Bug):
+        run("train.py --arch dit --latent weights/vae.pt --steps 1 --batch 4")
+
+
+def test_a_bug_in_reading_a_run_does_not_pass_it_over(run, unet, monkeypatch):
+    """A damaged file of runs/ is passed over; one that a bug keeps us from reading is not."""
+    os.mkdir("runs")
+    Path("runs/unet.pt").write_bytes(unet.read_bytes())
+    load = checkpoint.load
+
+    def load_shipped(file, device="cpu"):
+        if Path(file).parent.name == "runs":
+            raise Bug
+        return load(file, device)
+    monkeypatch.setattr(checkpoint, "load", load_shipped)
+    with pytest.raises(Bug):
+        run("sample.py --w 1 --n 1 --steps 1")
 
 
 # ---------------------------------------------------------------- bad input
@@ -869,7 +1143,8 @@ BAD_COMMANDS = (
 )
 BAD_TRAINING = (
     "--steps 0", "--steps x", "--batch 0", "--eta 1.5", "--eta nan", "--lr 0", "--lr inf",
-    "--ema 2", "--save-every 0", "--seed -1", "--device cuda:9", "--device tpu", "--what",
+    "--ema 2", "--save-every 0", "--seed -1", "--device cuda:9", "--device tpu", "--device meta",
+    "--what",
     "--latent no.pt", "--latent good.pt", "--out file/a.pt",
     "--lr 1 --resume --out good.pt", "--resume --out cut.pt",
     "--data .", "--data no.npz", "--data float.npz", "--data shape.npz", "--data length.npz",

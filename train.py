@@ -1,5 +1,4 @@
 """Training: `python train.py --arch unet|dit|vae|classifier`. The loop, what it needs, options."""
-import argparse
 import copy
 import os
 import signal
@@ -16,7 +15,7 @@ import checkpoint
 import mnist
 from cfg_min import cfg_cfm_loss, cfg_dsm_loss, classifier_loss, logit_normal
 from checkpoint import LATENT_OPTIONS, NETS, autocast, pick_device, vector_field
-from command import BadInput, number, run
+from command import BadInput, Parser, in_place, number, run
 from paths import PATHS
 from vae import vae_loss
 
@@ -190,9 +189,8 @@ class Progress:
         rate = steps / seconds
         line = (f"step {self.done}/{self.steps}  loss {self.total / steps:.4f}  "
                 f"{rate * self.batch:.0f} images/s  {(self.steps - self.done) / rate:.0f} s left")
-        if self.terminal:                       # overwrite the line before
-            columns = os.get_terminal_size().columns
-            line = f"\r{line[:columns - 1]}\033[K"
+        if self.terminal:
+            line = in_place(line)
         say(line, end="" if self.terminal and not last else "\n")
         self.restart()
 
@@ -326,19 +324,34 @@ def report(arch, net, x_test, y_test):
         say(f"mean squared error of test images: {torch.cat(errors).square().mean():.4f}")
 
 
+USAGE = "%(prog)s --arch unet|dit|vae|classifier [options]"
+EXAMPLES = """
+examples:
+  python train.py --arch unet                           the U-Net, to runs/unet.pt
+  python train.py --arch unet --resume                  go on with it after a Ctrl-C
+  python train.py --arch dit --latent weights/vae.pt    a DiT on latents: latent diffusion
+"""
+
+
+def defaults(name):
+    """What an option is by default, for --help: it depends on --arch."""
+    return ", ".join(f"{arch} {recipe[name]:g}" for arch, recipe in RECIPES.items())
+
+
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__, usage=argparse.SUPPRESS)   # errors in one line
+    p = Parser(usage=USAGE, epilog=EXAMPLES, description="Train a network on images of digits.")
     add = p.add_argument
     many = number(int, 1, 1e9)
     share = number(float, 0, 1)
     add("--arch", choices=NETS, required=True)
-    add("--steps", type=many, help=f"and --batch and --lr, the peak: {RECIPES}")
-    add("--batch", type=many)
-    add("--lr", type=number(float, 1e-9, 1e3))
+    add("--steps", type=many, help=f"of training ({defaults('steps')})")
+    add("--batch", type=many, help=f"images a step ({defaults('batch')})")
+    add("--lr", type=number(float, 1e-9, 1e3), help=f"peak learning rate ({defaults('lr')})")
     add("--eta", type=share, default=0.1, help="label-drop probability (0.1)")
     add("--ema", type=share, default=0.999, help="decay of the averaged weights (0.999)")
-    add("--seed", type=number(int, 0, 2**32), default=0)
-    add("--data", default=mnist.FILE, help=".npz, or a folder of IDX files")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="of all that is random (0)")
+    add("--data", default=mnist.FILE,
+        help=".npz, or a folder of IDX files: images of 28x28, labels of 0 to 9")
     add("--path", choices=PATHS, default="condot", help="probability path (condot)")
     add("--predict", choices=("z", "u", "eps"),
         help="what the output is (z; of --latent u); z and u learn by the CFM loss, eps by DSM")
@@ -346,7 +359,7 @@ def parse(argv=None):
     add("--out", metavar="FILE.pt", help="runs/<arch>.pt or runs/latent_<arch>.pt")
     add("--resume", action="store_true", help="go on from --out")
     add("--save-every", type=many, default=500, metavar="N", help="steps (500)")
-    add("--device", help="cuda where there is one, else cpu")
+    add("--device", help="as torch names it: cpu, cuda, mps (cuda where there is one, else cpu)")
     options = p.parse_args(argv)
     if options.latent and options.arch not in LATENT_OPTIONS:
         p.error("--latent goes with --arch unet or dit")
