@@ -189,6 +189,78 @@ def test_idx_folders_are_read_as_the_npz_is(idx_folder, few, zipped):
         assert torch.equal(a, b)
 
 
+def damaged(raw, damage):
+    """An IDX file's bytes with one thing wrong."""
+    return {
+        "cut": raw[:-1],
+        "longer": raw + b"\0",
+        "empty": b"",
+        "of floats": raw[:2] + b"\x0d" + raw[3:],
+    }[damage]
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "empty", "of floats"])
+@pytest.mark.parametrize("name", mnist.IDX_FILES)
+def test_a_damaged_idx_file_is_bad_input(idx_folder, name, damage):
+    """Cut short, too long, empty, or of other numbers than bytes."""
+    file = idx_folder / name
+    file.write_bytes(damaged(file.read_bytes(), damage))
+    with pytest.raises(BadInput, match=name):
+        mnist.load(idx_folder)
+
+
+@pytest.mark.parametrize("damage", ["none", "plain", "cut", "flipped"])
+def test_a_damaged_gz_file_is_bad_input(idx_folder, damage):
+    """Not there, not zipped, cut short, or with a wrong byte in its middle."""
+    file = idx_folder / mnist.IDX_FILES[0]
+    raw = file.read_bytes()
+    zipped = gzip.compress(raw)
+    file.unlink()
+    middle = len(zipped) // 2
+    flipped = zipped[:middle] + bytes([zipped[middle] ^ 255]) + zipped[middle + 1:]
+    if damage != "none":
+        wrong = {"plain": raw, "cut": zipped[:middle], "flipped": flipped}[damage]
+        Path(f"{file}.gz").write_bytes(wrong)
+    with pytest.raises(BadInput, match=file.name):
+        mnist.load(idx_folder)
+
+
+def test_the_reason_why_a_file_cannot_be_read_is_one_line_and_never_empty():
+    assert "a.npz: EOFError;" in str(mnist.unreadable("a.npz", EOFError()))
+    assert "a.npz: one;" in str(mnist.unreadable("a.npz", ValueError("one\ntwo")))
+
+
+@pytest.mark.parametrize("images, labels", [
+    (np.zeros((2, 28, 28)), np.array([0, 9])),
+    (np.zeros((2, 28, 27), np.uint8), np.array([0, 9])),
+    (np.zeros((2, 784), np.uint8), np.array([0, 9])),
+    (np.zeros((3, 28, 28), np.uint8), np.array([0, 9])),
+    (np.zeros((2, 28, 28), np.uint8), np.array([0.0, 9.0])),
+    (np.zeros((2, 28, 28), np.uint8), np.array([[0], [9]])),
+    (np.zeros((2, 28, 28), np.uint8), np.array([-1, 9])),
+    (np.zeros((2, 28, 28), np.uint8), np.array([0, 10])),
+    (np.zeros((0, 28, 28), np.uint8), np.array([], int)),
+], ids=["float", "27", "flat", "three", "float labels", "column", "-1", "null", "none"])
+def test_other_arrays_are_no_digits(images, labels):
+    """Images are (N, 28, 28) uint8, labels (N,) whole numbers of 0 ... 9; 10 is null, no digit."""
+    assert not mnist.are_digits(images, labels)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int64])
+def test_labels_may_be_any_whole_numbers(kind):
+    assert mnist.are_digits(np.zeros((2, 28, 28), np.uint8), np.array([0, 9], kind))
+
+
+def test_diversity_is_the_mean_distance_of_two_images_of_a_class():
+    """The mean over classes, but those of one image; of each class its first 1000 images."""
+    images = torch.zeros(1006, 1, 2, 2, dtype=torch.uint8)
+    labels = torch.zeros(1006).long()
+    images[1000:] = 200                         # the 1001st of class 0 is left out
+    labels[1001:] = torch.tensor([1, 1, 2, 2, 3])
+    images[1002] = 203                          # 2 pixels x 2 pixels, 3 apart: a distance of 6
+    assert mnist.diversity(images, labels) == pytest.approx((0 + 6 + 0) / 3)
+
+
 def test_digits_are_padded_and_labels_are_int64(few):
     """x (N, 1, 32, 32) uint8 with the 28x28 in its middle, y (N,) int64."""
     x, y, _, _ = mnist.load(few)
@@ -722,6 +794,47 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path):
     assert refused > 30
 
 
+@pytest.mark.parametrize("part", [
+    "config", "step", "weights",
+    "arch", "net", "path", "predict", "latent", "checksum", "real_diversity",       # of config
+])
+def test_a_checkpoint_that_lacks_a_part_is_refused(unet, tmp_path, part):
+    """Before anything is made of it, as a file of another program would be."""
+    whole = contents(unet)
+    if part in whole:
+        del whole[part]
+    else:
+        del whole["config"][part]
+    torch.save(whole, tmp_path / "a.pt")
+    with pytest.raises(BadInput, match="not a checkpoint"):
+        checkpoint.read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("value", [7, None, [1, 2], dict(config=7, step=1, weights={})])
+def test_a_file_of_something_else_is_no_checkpoint(tmp_path, value):
+    torch.save(value, tmp_path / "a.pt")
+    with pytest.raises(BadInput, match="not a checkpoint"):
+        checkpoint.read(tmp_path / "a.pt")
+
+
+def test_a_checkpoint_is_read_to_the_device_that_is_asked_for(unet):
+    """Where it was written from does not matter: the meta device stands for any."""
+    whole = checkpoint.read(unet, "meta")
+    assert {p.device.type for p in whole["weights"].values()} == {"meta"}
+
+
+@pytest.mark.parametrize("other", [None, [1, 2], {}, {"first": torch.zeros(1)}])
+def test_weights_of_another_network_or_none_are_refused(unet, tmp_path, other):
+    torch.save(dict(contents(unet), weights=other), tmp_path / "a.pt")
+    with pytest.raises(BadInput, match="not a checkpoint"):
+        checkpoint.load(tmp_path / "a.pt")
+
+
+def test_where_there_is_no_checkpoint_the_line_says_what_makes_one(run, capsys):
+    assert run("sample.py --w 1 --ckpt no.pt") == 2
+    assert "No such file or directory; train.py makes one" in capsys.readouterr().err
+
+
 class Bug(ValueError, KeyError, RuntimeError, TypeError):
     """A mistake of ours, of every kind that a guard for bad input may be there for."""
 
@@ -818,7 +931,7 @@ def write_bad_data(few):
     np.savez("length.npz", **{**good, "y_train": y[:-1]})
     np.savez("label.npz", **{**good, "y_test": y + 8})
     np.savez("none.npz", **{**good, "x_train": x[:0], "y_train": y[:0]})
-    np.savez("object.npz", **{**good, "y_train": y.astype(object)})
+    np.savez("object.npz", **{**good, "y_train": np.array([Malice()])})
     np.savez("keys.npz", x_train=x)
     Path("trunc.npz").write_bytes(few.read_bytes()[:9999])
 
