@@ -24,6 +24,7 @@ import torch.nn as nn
 import checkpoint
 import command
 import mnist
+import oracle
 import picture
 import sample
 import train
@@ -127,11 +128,28 @@ def read_png(file):
 
 
 def test_a_png_decodes_to_what_was_written(tmp_path):
-    """PNG -> pixels gives back the array, of odd sizes too, in a folder made for it."""
+    """PNG -> pixels gives back the array, of odd sizes too, in folders made for it."""
     grey = np.random.default_rng(0).integers(0, 256, (37, 53), np.uint8)
-    file = tmp_path / "new" / "a.png"
+    file = tmp_path / "new" / "folder" / "a.png"
     command.write_whole(file, picture.png(grey))
     assert (read_png(file) == grey).all()
+
+
+def test_a_panel_shows_its_images_in_rows_under_its_titles():
+    """Image (r, c) of the grid in row r, column c; a title's dots are two pixels wide."""
+    grid = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), np.uint8)
+    panel = picture.panel(grid, "w = 3", "0.1")
+    assert panel.shape == (4 + 2 * 16 + 64 + 4, 4 + 96 + 4)
+    for r, c in itertools.product(range(2), range(3)):
+        top, left = 36 + 32 * r, 4 + 32 * c
+        assert (panel[top:top + 32, left:left + 32] == grid[r, c]).all()
+    for k, title in enumerate(["w = 3", "0.1"]):
+        dots = picture.text(title)
+        top = 4 + 16 * k + 3
+        assert (panel[top:top + 10, 8:8 + dots.shape[1]] == dots).all()
+    plus = picture.text("+")[::2, ::2] == 255
+    assert ["".join(".#"[dot] for dot in row) for row in plus.astype(int)] == [
+        "....", ".#..", "###.", ".#..", "...."]
 
 
 def test_the_figure_has_a_panel_a_scale_and_a_row_a_label(run, unet, capsys):
@@ -147,6 +165,15 @@ def test_the_trajectory_has_a_row_a_label_and_a_column_a_moment(run, unet):
     """Two titles, three rows for each label and for none, eleven columns: t = 0, 0.1, ..., 1."""
     assert run(f"sample.py --ckpt {unet} --w 3 --steps 5 --trajectory --out t.png") == 0
     assert read_png("t.png").shape == (32 + 32 * 33 + 8, 32 * 11 + 8)
+
+
+def test_the_oracles_figures_have_their_panels(tmp_path, monkeypatch):
+    """p_t over time for three w; data, guided samples, corrected ones and the tilted law."""
+    monkeypatch.setattr(oracle, "over_time", partial(oracle.over_time, n=200))
+    monkeypatch.setattr(oracle, "in_plane", partial(oracle.in_plane, n=200, steps=10))
+    oracle.write_pictures(tmp_path)
+    assert read_png(tmp_path / "oracle_line.png").shape == (16 + 256 + 8, 3 * (2 * 143 + 8))
+    assert read_png(tmp_path / "oracle_plane.png").shape == (16 + 256 + 8, 4 * (256 + 8))
 
 
 def test_the_readmes_example_runs_as_printed(tmp_path, monkeypatch):
