@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ import oracle
 import picture
 import sample
 import train
-from cfg_min import NULL
+from cfg_min import NULL, classifier_gradient
 from command import BadInput
 from paths import PATHS
 from unet import UNet
@@ -451,9 +452,32 @@ def test_the_averaged_weights_are_the_ones_that_sample(run):
     checkpoint.save("b.pt", dict(whole, net=other))
     net, _ = checkpoint.load("b.pt")
     assert same(net.state_dict(), whole["weights"])
+    assert not net.training
+    assert not any(p.requires_grad for p in net.parameters())
 
 
 # ---------------------------------------------------------------- training
+
+def test_the_defaults_are_those_that_the_help_names():
+    options = train.parse(["--arch", "dit"])
+    assert (options.eta, options.ema, options.seed, options.save_every) == (0.1, 0.999, 0, 500)
+    assert (options.path, options.predict, options.out) == ("condot", "z", "runs/dit.pt")
+    latent = train.parse(["--arch", "dit", "--latent", "vae.pt"])
+    assert (latent.predict, latent.out) == ("u", "runs/latent_dit.pt")
+    options = sample.parse(["--w", "3"])
+    assert (options.steps, options.sampler, options.guidance) == (50, "euler", "cfg")
+    assert (options.interval, options.seed, options.out) == ((0.0, 1.0), 0, "samples.png")
+
+
+def test_the_learning_rate_rises_for_100_steps_and_falls_to_0():
+    """lr min((k + 1) / 100, 1) (1 - k / steps) at step k."""
+    config = dict(lr=2.0, steps=400)
+    rates = [train.learning_rate(config, k) for k in range(400)]
+    assert rates[0] == pytest.approx(0.02)
+    assert max(rates) == rates[99] == pytest.approx(2 * 301 / 400)
+    assert rates[200] == pytest.approx(1.0)
+    assert rates[399] == pytest.approx(2 / 400)
+
 
 def test_a_killed_run_resumes_to_the_same_bits(run, few):
     """kill -9 at any step, then --resume: the weights of a run that nothing stopped."""
@@ -486,6 +510,42 @@ def test_resume_says_so_when_a_run_is_finished_or_another(run, unet, capsys):
     assert unet.read_bytes() == before
 
 
+def test_resume_of_a_run_that_is_not_there_yet_says_so_and_begins(run, monkeypatch, capsys):
+    """--resume may stand in a script from its first run on."""
+    begun = []
+
+    def fake_train(config, images, labels, out, save_every, resume):
+        begun.append(resume)
+    monkeypatch.setattr(train, "train", fake_train)
+    assert run(f"{SHORT_UNET} --resume") == 0
+    assert "starting at the beginning" in capsys.readouterr().out
+    Path("runs").mkdir()
+    Path("runs/unet.pt").touch()
+    assert run(f"{SHORT_UNET} --resume") == 0
+    assert capsys.readouterr().out == ""
+    assert begun == [False, True]
+
+
+def test_the_line_of_progress_says_how_fast_and_how_long(monkeypatch, capsys):
+    """20 of 50 steps of 8 images in 10 s: 16 images/s, and 15 s for the other 30."""
+    now = SimpleNamespace(time=lambda: 100.0)
+    monkeypatch.setattr(train, "time", now)
+    monkeypatch.setattr(os, "isatty", lambda fd: False)
+    progress = train.Progress(0, dict(steps=50, batch=8))
+    for k in range(20):
+        progress.add(torch.tensor(1.0 + k % 2))
+    now.time = lambda: 109.0
+    progress.show(last=False)
+    assert capsys.readouterr().out == ""        # a line every ten seconds
+    now.time = lambda: 110.0
+    progress.show(last=False)
+    assert capsys.readouterr().out == "step 20/50  loss 1.5000  16 images/s  15 s left\n"
+    progress.add(torch.tensor(7.0))
+    now.time = lambda: 111.0
+    progress.show(last=True)                    # of what came since the line before
+    assert capsys.readouterr().out == "step 21/50  loss 7.0000  8 images/s  29 s left\n"
+
+
 def test_ctrl_c_keeps_the_step_that_it_interrupts(run, unet, monkeypatch):
     """Ctrl-C lets the step end, writes it, exits with 130; --resume reaches the same bits."""
     loss_of = train.loss_of
@@ -502,19 +562,19 @@ def test_ctrl_c_keeps_the_step_that_it_interrupts(run, unet, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_step(run, monkeypatch, capsys):
-    """nan from the fourth step on: one line, and the checkpoint of the second step stays."""
+    """nan from the fifth step on: one line, and the checkpoint of the third step stays."""
     loss_of = train.loss_of
     calls = itertools.count(1)
 
     def spoiled(*arguments):
         loss = loss_of(*arguments)
-        if next(calls) > 3:
+        if next(calls) > 4:
             loss = loss * math.nan
         return loss
     monkeypatch.setattr(train, "loss_of", spoiled)
-    assert run(f"{SHORT_UNET} --save-every 2 --out a.pt") == 2
+    assert run(f"{SHORT_UNET} --save-every 3 --out a.pt") == 2
     assert "not finite" in capsys.readouterr().err
-    assert contents("a.pt")["step"] == 2
+    assert contents("a.pt")["step"] == 3
     assert all(v.isfinite().all() for v in weights("a.pt").values())
 
 
@@ -598,6 +658,12 @@ def test_two_processes_share_the_batch_and_hold_the_same_weights(run, few, capsy
     assert loss_on(few, "two.pt") < 1.3         # from about 2
 
 
+def test_a_batch_that_the_processes_cannot_share_is_refused(run, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert run(SHORT_UNET) == 2
+    assert "--batch 8 cannot be shared by 3 processes" in capsys.readouterr().err
+
+
 # ---------------------------------------------------------------- sampling
 
 @pytest.mark.parametrize("path, predict, kinds", [
@@ -665,6 +731,101 @@ def test_samples_depend_on_seed_and_index_alone(run, unet, monkeypatch):
     assert abs(twelve[:7] - seven).max() <= 2
     assert abs(twelve - by_fives).max() <= 2
     assert abs(twelve - other).max() > 2
+
+
+def test_classifier_guidance_starts_late_where_alpha_is_0_and_nothing_else_does():
+    """t0 = 0.01 where a division by alpha_0 = 0 waits, else 0."""
+    starts = {}
+    for guidance in ("cfg", "classifier", "mean"):
+        models = [SimpleNamespace(path=path) for path in PATHS.values()]
+        starts[guidance] = [sample.first_time(model, guidance) for model in models]
+    assert list(PATHS) == ["condot", "cosine", "ddpm"]
+    assert starts == {"cfg": [0, 0, 0], "classifier": [0.01, 0.01, 0], "mean": [0, 0, 0]}
+
+
+def test_push_is_w_times_the_classifiers_gradient_within_its_interval():
+    """w grad log p(y|x) where LO <= t <= HI, 1 times it elsewhere; nothing to push without mean."""
+    def judge(x, t):
+        return x.flatten(1)[:, :10]
+    x = torch.randn(3, 1, 4, 4)
+    y = torch.tensor([2, 7, 7])
+    gradient = classifier_gradient(judge, x, 0.5, y)
+    push = sample.pushed(judge, SimpleNamespace(guidance="mean", interval=(0.2, 0.8)), 3.0)
+    for t in (0.2, 0.5, 0.8):
+        torch.testing.assert_close(push(x, t, y), 3 * gradient)
+    for t in (0.1, 0.9):
+        torch.testing.assert_close(push(x, t, y), gradient)
+    assert sample.pushed(judge, SimpleNamespace(guidance="cfg", interval=(0, 1)), 3.0) is None
+
+
+@pytest.mark.parametrize("guides", [False, True])
+def test_a_classifier_judges_its_own_data_and_guides_on_its_own_path_too(monkeypatch, guides):
+    """Which checkpoints fit; where none does, there is no judge, and guidance is refused."""
+    asked = []
+
+    def newest(fits, shipped):
+        asked.append(fits)
+    monkeypatch.setattr(sample, "newest", newest)
+    model = SimpleNamespace(vae=None, config=dict(checksum=1, path="condot"), file="a.pt")
+    if guides:
+        with pytest.raises(BadInput, match="train.py --arch classifier"):
+            sample.find_judge(model, guides)
+    else:
+        assert sample.find_judge(model, guides) == (None, None)
+    fits, = asked
+    good = dict(arch="classifier", checksum=1, path="condot")
+    assert fits(good)
+    assert not fits(dict(good, arch="unet"))
+    assert not fits(dict(good, checksum=2))
+    assert fits(dict(good, path="ddpm")) is not guides
+
+
+def test_a_classifier_cannot_guide_latents():
+    with pytest.raises(BadInput, match="latent"):
+        sample.find_judge(SimpleNamespace(vae="vae", file="a.pt"), guides=True)
+
+
+def test_the_newest_checkpoint_that_fits_is_taken_and_a_damaged_one_passed_over(run, monkeypatch):
+    """In runs/, by the time of writing; the shipped one where none fits, and None without it."""
+    Path("runs").mkdir()
+    for age, name in enumerate(["damaged", "c", "a", "b"]):
+        file = Path(f"runs/{name}.pt")
+        file.touch()
+        os.utime(file, (1000 - age, 1000 - age))
+
+    def load(file):
+        if "damaged" in str(file):
+            raise BadInput
+        return None, Path(file).stem
+    monkeypatch.setattr(checkpoint, "load", load)
+    assert sample.newest(lambda name: True, "shipped.pt") == "runs/c.pt"
+    assert sample.newest(lambda name: name in "ab", "shipped.pt") == "runs/a.pt"
+    assert sample.newest(lambda name: name == "shipped", "shipped.pt").endswith("shipped.pt")
+    assert sample.newest(lambda name: False, "shipped.pt") is None
+
+
+def test_samples_that_are_not_finite_are_no_images():
+    """A w too large: one line, no picture of nothing."""
+    with pytest.raises(BadInput, match="not finite"):
+        sample.images_of(None, [torch.full((1, 1, 32, 32), math.nan)])
+
+
+def read_grey(x, t):
+    """A judge of squares of one grey: 20 k is digit k."""
+    grey = mnist.to_bytes(x).float().mean(dim=(1, 2, 3))
+    return torch.eye(10)[(grey / 20).round().long()]
+
+
+def test_the_report_is_of_the_samples_that_have_a_label(capsys):
+    """% read as their label, and the diversity over that of real digits, of classes of two."""
+    images = torch.tensor([60, 62, 80, 200]).to(torch.uint8).view(4, 1, 1).expand(4, 32, 32)
+    y = torch.tensor([3, 3, 5, NULL])
+    sample.report(3.0, images, y, read_grey, "judge.pt", real_diversity=128)
+    sample.report(3.0, images[1:], y[1:], read_grey, "judge.pt", real_diversity=128)
+    lines = capsys.readouterr().out.splitlines()
+    share = "% read as their label by judge.pt"
+    assert lines[0] == f"w = 3: 66.7 {share}, diversity 0.50 of that of real digits"
+    assert lines[1] == f"w = 3: 50.0 {share}"
 
 
 def test_the_newest_run_is_sampled_from(run, capsys):
@@ -901,6 +1062,35 @@ def test_a_bug_in_training_is_not_bad_input(run, monkeypatch, where, what):
         run(SHORT_UNET)
 
 
+@pytest.mark.parametrize("steps, reason", [
+    ("x", "invalid int value: 'x'"), ("0", "0 is not in [1, 1e+09]")])
+def test_a_wrong_number_is_told_what_it_should_be(run, capsys, steps, reason):
+    assert run(f"train.py --arch dit --steps {steps}") == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_reader_of_stdout_that_goes_away_ends_the_command(monkeypatch):
+    """python sample.py ... | head: status 1, at once and without a word."""
+    def main():
+        raise BrokenPipeError
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        command.run(main)
+    assert end.value.code == 1
+
+
+def test_each_process_takes_a_gpu_of_its_own_where_there_are_some(monkeypatch):
+    """cuda:LOCAL_RANK under torchrun, else cuda:0; without CUDA the CPU."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert checkpoint.pick_device(None) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch, "empty", lambda n, device: SimpleNamespace(device=device))
+    assert checkpoint.pick_device(None) == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert checkpoint.pick_device(None) == "cuda:3"
+
+
 # ---------------------------------------------------------------- bad input
 
 class Malice:
@@ -991,7 +1181,7 @@ BAD_TRAINING = (
     "--lr 1 --resume --out good.pt", "--resume --out cut.pt",
     "--data .", "--data no.npz", "--data float.npz", "--data shape.npz", "--data length.npz",
     "--data label.npz", "--data none.npz", "--data object.npz", "--data keys.npz",
-    "--data trunc.npz",
+    "--data trunc.npz", "--path straight", "--predict v",
 )
 BAD_SAMPLING = (
     "nan", "inf", "x", "1e38", "1 --label 10", "1 --label -1", "1 --n 0", "1 --steps 0",
@@ -1003,7 +1193,7 @@ BAD_SAMPLING = (
     "1 --ckpt pickled.pt", "1 --ckpt bare.pt", "1 --ckpt vae.pt", "1 --ckpt forged.pt",
     "1 --ckpt script.pt", "1 --ckpt arch.pt", "1 --ckpt other.pt", "1 --ckpt path.pt",
     "1 --ckpt option.pt", "1 --corrections 2", "1 --guidance mean",
-    "1 --guidance classifier --away-from 3",
+    "1 --guidance classifier --away-from 3", "1 --guidance free",
 )
 BAD_LINES = [
     *BAD_COMMANDS,
