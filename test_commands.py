@@ -15,6 +15,7 @@ import zipfile
 import zlib
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -26,10 +27,11 @@ from torch.utils._pytree import tree_leaves
 import checkpoint
 import command
 import mnist
+import oracle
 import picture
 import sample
 import train
-from cfg_min import NULL
+from cfg_min import NULL, classifier_gradient
 from command import BadInput
 from paths import PATHS
 from unet import UNet
@@ -154,11 +156,28 @@ def read_png(file):
 
 
 def test_a_png_decodes_to_what_was_written(tmp_path):
-    """PNG -> pixels gives back the array, of odd sizes too, in a folder made for it."""
+    """PNG -> pixels gives back the array, of odd sizes too, in folders made for it."""
     grey = np.random.default_rng(0).integers(0, 256, (37, 53), np.uint8)
-    file = tmp_path / "new" / "a.png"
+    file = tmp_path / "new" / "folder" / "a.png"
     command.write_whole(file, picture.png(grey))
     assert (read_png(file) == grey).all()
+
+
+def test_a_panel_shows_its_images_in_rows_under_its_titles():
+    """Image (r, c) of the grid in row r, column c; a title's dots are two pixels wide."""
+    grid = np.random.default_rng(0).integers(0, 256, (2, 3, 32, 32), np.uint8)
+    panel = picture.panel(grid, "w = 3", "0.1")
+    assert panel.shape == (4 + 2 * 16 + 64 + 4, 4 + 96 + 4)
+    for r, c in itertools.product(range(2), range(3)):
+        top, left = 36 + 32 * r, 4 + 32 * c
+        assert (panel[top:top + 32, left:left + 32] == grid[r, c]).all()
+    for k, title in enumerate(["w = 3", "0.1"]):
+        dots = picture.text(title)
+        top = 4 + 16 * k + 3
+        assert (panel[top:top + 10, 8:8 + dots.shape[1]] == dots).all()
+    plus = picture.text("+")[::2, ::2] == 255
+    assert ["".join(".#"[dot] for dot in row) for row in plus.astype(int)] == [
+        "....", ".#..", "###.", ".#..", "...."]
 
 
 def test_the_figure_has_a_panel_a_scale_and_a_row_a_label(run, unet, capsys):
@@ -174,6 +193,15 @@ def test_the_trajectory_has_a_row_a_label_and_a_column_a_moment(run, unet):
     """Two titles, three rows for each label and for none, eleven columns: t = 0, 0.1, ..., 1."""
     assert run(f"sample.py --ckpt {unet} --w 3 --steps 5 --trajectory --out t.png") == 0
     assert read_png("t.png").shape == (32 + 32 * 33 + 8, 32 * 11 + 8)
+
+
+def test_the_oracles_figures_have_their_panels(tmp_path, monkeypatch):
+    """p_t over time for three w; data, guided samples, corrected ones and the tilted law."""
+    monkeypatch.setattr(oracle, "over_time", partial(oracle.over_time, n=200))
+    monkeypatch.setattr(oracle, "in_plane", partial(oracle.in_plane, n=200, steps=10))
+    oracle.write_pictures(tmp_path)
+    assert read_png(tmp_path / "oracle_line.png").shape == (16 + 256 + 8, 3 * (2 * 143 + 8))
+    assert read_png(tmp_path / "oracle_plane.png").shape == (16 + 256 + 8, 4 * (256 + 8))
 
 
 def test_the_readmes_example_runs_as_printed(tmp_path, monkeypatch):
@@ -237,6 +265,81 @@ def test_idx_folders_are_read_as_the_npz_is(idx_folder, few, zipped):
     for a, b in zip(mnist.load(idx_folder), mnist.load(few), strict=True):
         assert a.dtype == b.dtype
         assert torch.equal(a, b)
+
+
+def damaged(raw, damage):
+    """An IDX file's bytes with one thing wrong."""
+    return {
+        "cut": raw[:-1],
+        "longer": raw + b"\0",
+        "empty": b"",
+        "of floats": raw[:2] + b"\x0d" + raw[3:],
+    }[damage]
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "empty", "of floats"])
+@pytest.mark.parametrize("name", mnist.IDX_FILES)
+def test_a_damaged_idx_file_is_bad_input(idx_folder, name, damage):
+    """Cut short, too long, empty, or of other numbers than bytes."""
+    file = idx_folder / name
+    file.write_bytes(damaged(file.read_bytes(), damage))
+    with pytest.raises(BadInput, match=name):
+        mnist.load(idx_folder)
+
+
+@pytest.mark.parametrize("damage", ["none", "plain", "cut", "checksum", "no block"])
+def test_a_damaged_gz_file_is_bad_input(idx_folder, damage):
+    """Not there, not zipped, cut short, of a wrong checksum, or with nonsense where data begin."""
+    file = idx_folder / mnist.IDX_FILES[0]
+    raw = file.read_bytes()
+    zipped = gzip.compress(raw)
+    file.unlink()
+    if damage != "none":
+        wrong = {
+            "plain": raw,
+            "cut": zipped[:len(zipped) // 2],
+            "checksum": zipped[:-8] + bytes(8),
+            "no block": zipped[:10] + b"\xff" + zipped[11:],         # what follows the header
+        }[damage]
+        Path(f"{file}.gz").write_bytes(wrong)
+    with pytest.raises(BadInput, match=file.name):
+        mnist.load(idx_folder)
+
+
+def test_the_reason_why_a_file_cannot_be_read_is_one_line_and_never_empty():
+    assert "a.npz: EOFError;" in str(mnist.unreadable("a.npz", EOFError()))
+    assert "a.npz: one;" in str(mnist.unreadable("a.npz", ValueError("one\ntwo")))
+
+
+@pytest.mark.parametrize("images, labels", [
+    (np.zeros((2, 28, 28)), np.array([0, 9])),
+    (np.zeros((2, 28, 27), np.uint8), np.array([0, 9])),
+    (np.zeros((2, 784), np.uint8), np.array([0, 9])),
+    (np.zeros((3, 28, 28), np.uint8), np.array([0, 9])),
+    (np.zeros((2, 28, 28), np.uint8), np.array([0.0, 9.0])),
+    (np.zeros((2, 28, 28), np.uint8), np.array([[0], [9]])),
+    (np.zeros((2, 28, 28), np.uint8), np.array([-1, 9])),
+    (np.zeros((2, 28, 28), np.uint8), np.array([0, 10])),
+    (np.zeros((0, 28, 28), np.uint8), np.array([], int)),
+], ids=["float", "27", "flat", "three", "float labels", "column", "-1", "null", "none"])
+def test_other_arrays_are_no_digits(images, labels):
+    """Images are (N, 28, 28) uint8, labels (N,) whole numbers of 0 ... 9; 10 is null, no digit."""
+    assert mnist.fault(images, labels)
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.int32, np.int64])
+def test_labels_may_be_any_whole_numbers(kind):
+    assert mnist.fault(np.zeros((2, 28, 28), np.uint8), np.array([0, 9], kind)) is None
+
+
+def test_diversity_is_the_mean_distance_of_two_images_of_a_class():
+    """The mean over classes, but those of one image; of each class its first 1000 images."""
+    images = torch.zeros(1006, 1, 2, 2, dtype=torch.uint8)
+    labels = torch.zeros(1006).long()
+    images[1000:] = 200                         # the 1001st of class 0 is left out
+    labels[1001:] = torch.tensor([1, 1, 2, 2, 3])
+    images[1002] = 203                          # 2 pixels x 2 pixels, 3 apart: a distance of 6
+    assert mnist.diversity(images, labels) == pytest.approx((0 + 6 + 0) / 3)
 
 
 def test_digits_are_padded_and_labels_are_int64(few):
@@ -467,9 +570,32 @@ def test_the_averaged_weights_are_the_ones_that_sample(run):
     checkpoint.save("b.pt", dict(whole, net=other))
     net, _ = checkpoint.load("b.pt")
     assert same(net.state_dict(), whole["weights"])
+    assert not net.training
+    assert not any(p.requires_grad for p in net.parameters())
 
 
 # ---------------------------------------------------------------- training
+
+def test_the_defaults_are_those_that_the_help_names():
+    options = train.parse(["--arch", "dit"])
+    assert (options.eta, options.ema, options.seed, options.save_every) == (0.1, 0.999, 0, 500)
+    assert (options.path, options.predict, options.out) == ("condot", "z", "runs/dit.pt")
+    latent = train.parse(["--arch", "dit", "--latent", "vae.pt"])
+    assert (latent.predict, latent.out) == ("u", "runs/latent_dit.pt")
+    options = sample.parse(["--w", "3"])
+    assert (options.steps, options.sampler, options.guidance) == (50, "euler", "cfg")
+    assert (options.interval, options.seed, options.out) == ((0.0, 1.0), 0, "samples.png")
+
+
+def test_the_learning_rate_rises_for_100_steps_and_falls_to_0():
+    """lr min((k + 1) / 100, 1) (1 - k / steps) at step k."""
+    config = dict(lr=2.0, steps=400)
+    rates = [train.learning_rate(config, k) for k in range(400)]
+    assert rates[0] == pytest.approx(0.02)
+    assert max(rates) == rates[99] == pytest.approx(2 * 301 / 400)
+    assert rates[200] == pytest.approx(1.0)
+    assert rates[399] == pytest.approx(2 / 400)
+
 
 def test_a_killed_run_resumes_to_the_same_bits(run, few):
     """kill -9 at any step, then --resume: the weights of a run that nothing stopped."""
@@ -502,6 +628,42 @@ def test_resume_says_so_when_a_run_is_finished_or_another(run, unet, capsys):
     assert unet.read_bytes() == before
 
 
+def test_resume_of_a_run_that_is_not_there_yet_says_so_and_begins(run, monkeypatch, capsys):
+    """--resume may stand in a script from its first run on."""
+    begun = []
+
+    def fake_train(config, images, labels, out, save_every, resume):
+        begun.append(resume)
+    monkeypatch.setattr(train, "train", fake_train)
+    assert run(f"{SHORT_UNET} --resume") == 0
+    assert "starting at the beginning" in capsys.readouterr().out
+    Path("runs").mkdir()
+    Path("runs/unet.pt").touch()
+    assert run(f"{SHORT_UNET} --resume") == 0
+    assert capsys.readouterr().out == ""
+    assert begun == [False, True]
+
+
+def test_the_line_of_progress_says_how_fast_and_how_long(monkeypatch, capsys):
+    """20 of 50 steps of 8 images in 10 s: 16 images/s, and 15 s for the other 30."""
+    now = SimpleNamespace(time=lambda: 100.0)
+    monkeypatch.setattr(train, "time", now)
+    monkeypatch.setattr(os, "isatty", lambda fd: False)
+    progress = train.Progress(0, dict(steps=50, batch=8))
+    for k in range(20):
+        progress.add(torch.tensor(1.0 + k % 2))
+    now.time = lambda: 109.0
+    progress.show(last=False)
+    assert capsys.readouterr().out == ""        # a line every ten seconds
+    now.time = lambda: 110.0
+    progress.show(last=False)
+    assert capsys.readouterr().out == "step 20/50  loss 1.5000  16 images/s  15 s left\n"
+    progress.add(torch.tensor(7.0))
+    now.time = lambda: 111.0
+    progress.show(last=True)                    # of what came since the line before
+    assert capsys.readouterr().out == "step 21/50  loss 7.0000  8 images/s  29 s left\n"
+
+
 def test_ctrl_c_keeps_the_step_that_it_interrupts(run, unet, monkeypatch):
     """Ctrl-C lets the step end, writes it, exits with 130; --resume reaches the same bits."""
     loss_of = train.loss_of
@@ -518,19 +680,19 @@ def test_ctrl_c_keeps_the_step_that_it_interrupts(run, unet, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_keeps_the_last_good_step(run, monkeypatch, capsys):
-    """nan from the fourth step on: one line, and the checkpoint of the second step stays."""
+    """nan from the fifth step on: one line, and the checkpoint of the third step stays."""
     loss_of = train.loss_of
     calls = itertools.count(1)
 
     def spoiled(*arguments):
         loss = loss_of(*arguments)
-        if next(calls) > 3:
+        if next(calls) > 4:
             loss = loss * math.nan
         return loss
     monkeypatch.setattr(train, "loss_of", spoiled)
-    assert run(f"{SHORT_UNET} --save-every 2 --out a.pt") == 2
+    assert run(f"{SHORT_UNET} --save-every 3 --out a.pt") == 2
     assert "not finite" in capsys.readouterr().err
-    assert contents("a.pt")["step"] == 2
+    assert contents("a.pt")["step"] == 3
     assert all(v.isfinite().all() for v in weights("a.pt").values())
 
 
@@ -624,6 +786,12 @@ def test_two_processes_share_the_batch_and_hold_the_same_weights(run, few, capsy
     assert abs(mean_loss(two) / mean_loss(one) - 1) < 0.15
     assert abs(loss_on(few, "two.pt") / loss_on(few, "one.pt") - 1) < 0.15
     assert loss_on(few, "two.pt") < 1.3         # from about 2
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(run, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert run(SHORT_UNET) == 2
+    assert "--batch 8 cannot be shared by 3 processes" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------- sampling
@@ -727,6 +895,101 @@ def test_sampling_wipes_its_steps_before_an_error(run, unet, monkeypatch, capsys
     out = capsys.readouterr().out
     assert "step 1/2" in out
     assert left_to_see(out) == [""]
+
+
+def test_classifier_guidance_starts_late_where_alpha_is_0_and_nothing_else_does():
+    """t0 = 0.01 where a division by alpha_0 = 0 waits, else 0."""
+    starts = {}
+    for guidance in ("cfg", "classifier", "mean"):
+        models = [SimpleNamespace(path=path) for path in PATHS.values()]
+        starts[guidance] = [sample.first_time(model, guidance) for model in models]
+    assert list(PATHS) == ["condot", "cosine", "ddpm"]
+    assert starts == {"cfg": [0, 0, 0], "classifier": [0.01, 0.01, 0], "mean": [0, 0, 0]}
+
+
+def test_push_is_w_times_the_classifiers_gradient_within_its_interval():
+    """w grad log p(y|x) where LO <= t <= HI, 1 times it elsewhere; nothing to push without mean."""
+    def judge(x, t):
+        return x.flatten(1)[:, :10]
+    x = torch.randn(3, 1, 4, 4)
+    y = torch.tensor([2, 7, 7])
+    gradient = classifier_gradient(judge, x, 0.5, y)
+    push = sample.pushed(judge, SimpleNamespace(guidance="mean", interval=(0.2, 0.8)), 3.0)
+    for t in (0.2, 0.5, 0.8):
+        torch.testing.assert_close(push(x, t, y), 3 * gradient)
+    for t in (0.1, 0.9):
+        torch.testing.assert_close(push(x, t, y), gradient)
+    assert sample.pushed(judge, SimpleNamespace(guidance="cfg", interval=(0, 1)), 3.0) is None
+
+
+@pytest.mark.parametrize("guides", [False, True])
+def test_a_classifier_judges_its_own_data_and_guides_on_its_own_path_too(monkeypatch, guides):
+    """Which checkpoints fit; where none does, there is no judge, and guidance is refused."""
+    asked = []
+
+    def newest(fits, shipped):
+        asked.append(fits)
+    monkeypatch.setattr(sample, "newest", newest)
+    model = SimpleNamespace(vae=None, config=dict(checksum=1, path="condot"), file="a.pt")
+    if guides:
+        with pytest.raises(BadInput, match="train.py --arch classifier"):
+            sample.find_judge(model, guides)
+    else:
+        assert sample.find_judge(model, guides) == (None, None)
+    fits, = asked
+    good = dict(arch="classifier", checksum=1, path="condot")
+    assert fits(good)
+    assert not fits(dict(good, arch="unet"))
+    assert not fits(dict(good, checksum=2))
+    assert fits(dict(good, path="ddpm")) is not guides
+
+
+def test_a_classifier_cannot_guide_latents():
+    with pytest.raises(BadInput, match="latent"):
+        sample.find_judge(SimpleNamespace(vae="vae", file="a.pt"), guides=True)
+
+
+def test_the_newest_checkpoint_that_fits_is_taken_and_a_damaged_one_passed_over(run, monkeypatch):
+    """In runs/, by the time of writing; the shipped one where none fits, and None without it."""
+    Path("runs").mkdir()
+    for age, name in enumerate(["damaged", "c", "a", "b"]):
+        file = Path(f"runs/{name}.pt")
+        file.touch()
+        os.utime(file, (1000 - age, 1000 - age))
+
+    def load(file):
+        if "damaged" in str(file):
+            raise BadInput
+        return None, Path(file).stem
+    monkeypatch.setattr(checkpoint, "load", load)
+    assert sample.newest(lambda name: True, "shipped.pt") == "runs/c.pt"
+    assert sample.newest(lambda name: name in "ab", "shipped.pt") == "runs/a.pt"
+    assert sample.newest(lambda name: name == "shipped", "shipped.pt").endswith("shipped.pt")
+    assert sample.newest(lambda name: False, "shipped.pt") is None
+
+
+def test_samples_that_are_not_finite_are_no_images():
+    """A w too large: one line, no picture of nothing."""
+    with pytest.raises(BadInput, match="not finite"):
+        sample.images_of(None, [torch.full((1, 1, 32, 32), math.nan)])
+
+
+def read_grey(x, t):
+    """A judge of squares of one grey: 20 k is digit k."""
+    grey = mnist.to_bytes(x).float().mean(dim=(1, 2, 3))
+    return torch.eye(10)[(grey / 20).round().long()]
+
+
+def test_the_report_is_of_the_samples_that_have_a_label(capsys):
+    """% read as their label, and the diversity over that of real digits, of classes of two."""
+    images = torch.tensor([60, 62, 80, 200]).to(torch.uint8).view(4, 1, 1).expand(4, 32, 32)
+    y = torch.tensor([3, 3, 5, NULL])
+    sample.report(3.0, images, y, read_grey, "judge.pt", real_diversity=128)
+    sample.report(3.0, images[1:], y[1:], read_grey, "judge.pt", real_diversity=128)
+    lines = capsys.readouterr().out.splitlines()
+    share = "% read as their label by judge.pt"
+    assert lines[0] == f"w = 3: 66.7 {share}, diversity 0.50 of that of real digits"
+    assert lines[1] == f"w = 3: 50.0 {share}"
 
 
 def test_the_newest_run_is_sampled_from(run, capsys):
@@ -978,6 +1241,47 @@ def test_a_flipped_bit_in_a_checkpoint_is_noticed(tmp_path):
     assert refused > 30
 
 
+@pytest.mark.parametrize("part", [
+    "config", "step", "weights",
+    "arch", "net", "path", "predict", "latent", "checksum", "real_diversity",       # of config
+])
+def test_a_checkpoint_that_lacks_a_part_is_refused(unet, tmp_path, part):
+    """Before anything is made of it, as a file of another program would be."""
+    whole = contents(unet)
+    if part in whole:
+        del whole[part]
+    else:
+        del whole["config"][part]
+    torch.save(whole, tmp_path / "a.pt")
+    with pytest.raises(BadInput, match="not a checkpoint"):
+        checkpoint.read(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("value", [7, None, [1, 2], dict(config=7, step=1, weights={})])
+def test_a_file_of_something_else_is_no_checkpoint(tmp_path, value):
+    torch.save(value, tmp_path / "a.pt")
+    with pytest.raises(BadInput, match="not a checkpoint"):
+        checkpoint.read(tmp_path / "a.pt")
+
+
+def test_a_checkpoint_is_read_to_the_device_that_is_asked_for(unet):
+    """Where it was written from does not matter: the meta device stands for any."""
+    whole = checkpoint.read(unet, "meta")
+    assert {p.device.type for p in whole["weights"].values()} == {"meta"}
+
+
+@pytest.mark.parametrize("other", [None, [1, 2], {}, {"first": torch.zeros(1)}])
+def test_weights_of_another_network_or_none_are_refused(unet, tmp_path, other):
+    torch.save(dict(contents(unet), weights=other), tmp_path / "a.pt")
+    with pytest.raises(BadInput, match="not a checkpoint"):
+        checkpoint.load(tmp_path / "a.pt")
+
+
+def test_where_there_is_no_checkpoint_the_line_says_what_makes_one(run, capsys):
+    assert run("sample.py --w 1 --ckpt no.pt") == 2
+    assert "No such file or directory; train.py makes one" in capsys.readouterr().err
+
+
 class Bug(ValueError, KeyError, RuntimeError, TypeError):
     """A mistake of ours, of every kind that a guard for bad input may be there for."""
 
@@ -1058,6 +1362,38 @@ def test_a_bug_in_reading_a_run_does_not_pass_it_over(run, unet, monkeypatch):
         run("sample.py --w 1 --n 1 --steps 1")
 
 
+@pytest.mark.parametrize("steps, reason", [
+    ("x", "invalid int value: 'x'"), ("0", "0 is not in [1, 1e+09]")])
+def test_a_wrong_number_is_told_what_it_should_be(run, capsys, steps, reason):
+    assert run(f"train.py --arch dit --steps {steps}") == 2
+    assert reason in capsys.readouterr().err
+
+
+def test_a_reader_of_stdout_that_goes_away_ends_the_command(monkeypatch):
+    """python sample.py ... | head: status 1, at once and without a word."""
+    def main():
+        raise BrokenPipeError
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    with pytest.raises(SystemExit) as end:
+        command.run(main)
+    assert end.value.code == 1
+
+
+def test_each_process_takes_a_gpu_of_its_own_where_there_are_some(monkeypatch):
+    """cuda:LOCAL_RANK under torchrun, else cuda:0; without CUDA the CPU."""
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert checkpoint.pick_device(None) == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+
+    def empty(n, device):
+        return SimpleNamespace(device=device, cpu=lambda: None)
+    monkeypatch.setattr(torch, "empty", empty)
+    assert checkpoint.pick_device(None) == "cuda:0"
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    assert checkpoint.pick_device(None) == "cuda:3"
+
+
 # ---------------------------------------------------------------- bad input
 
 class Malice:
@@ -1115,7 +1451,7 @@ def write_bad_data(few):
     np.savez("length.npz", **{**good, "y_train": y[:-1]})
     np.savez("label.npz", **{**good, "y_test": y + 8})
     np.savez("none.npz", **{**good, "x_train": x[:0], "y_train": y[:0]})
-    np.savez("object.npz", **{**good, "y_train": y.astype(object)})
+    np.savez("object.npz", **{**good, "y_train": np.array([Malice()])})
     np.savez("keys.npz", x_train=x)
     Path("trunc.npz").write_bytes(few.read_bytes()[:9999])
 
@@ -1149,7 +1485,7 @@ BAD_TRAINING = (
     "--lr 1 --resume --out good.pt", "--resume --out cut.pt",
     "--data .", "--data no.npz", "--data float.npz", "--data shape.npz", "--data length.npz",
     "--data label.npz", "--data none.npz", "--data object.npz", "--data keys.npz",
-    "--data trunc.npz",
+    "--data trunc.npz", "--path straight", "--predict v",
 )
 BAD_SAMPLING = (
     "nan", "inf", "x", "1e38", "1 --label 10", "1 --label -1", "1 --n 0", "1 --steps 0",
@@ -1161,7 +1497,7 @@ BAD_SAMPLING = (
     "1 --ckpt pickled.pt", "1 --ckpt bare.pt", "1 --ckpt vae.pt", "1 --ckpt forged.pt",
     "1 --ckpt script.pt", "1 --ckpt arch.pt", "1 --ckpt other.pt", "1 --ckpt path.pt",
     "1 --ckpt option.pt", "1 --corrections 2", "1 --guidance mean",
-    "1 --guidance classifier --away-from 3",
+    "1 --guidance classifier --away-from 3", "1 --guidance free",
 )
 BAD_LINES = [
     *BAD_COMMANDS,

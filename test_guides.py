@@ -1,10 +1,12 @@
-"""The guides of benchmarks/guides.py against the limiting cases of their papers.
+"""The guides of benchmarks/guides.py against the limiting cases of their papers; measures.py.
 
 The fields are exact: a mixture of oracle.py, float64, on CondOT.
 """
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,7 +73,8 @@ def test_interval_guides_inside_and_only_there():
     close(use(guides.interval, 0.1, 3.0, low=0.2, high=0.8), cond)
     cond, _, _ = fields(0.9)
     close(use(guides.interval, 0.9, 3.0, low=0.2, high=0.8), cond)
-    close(use(guides.interval, 0.5, 3.0, low=0.2, high=0.8), use(guides.cfg, 0.5, 3.0))
+    for t in (0.2, 0.5, 0.8):
+        close(use(guides.interval, t, 3.0, low=0.2, high=0.8), use(guides.cfg, t, 3.0))
     for t in TIMES:
         close(use(guides.interval, t, 3.0, low=0.0, high=1.0), use(guides.cfg, t, 3.0))
 
@@ -254,3 +257,109 @@ def test_the_judge_can_be_trained_where_gradients_are_off():
     with torch.no_grad():
         net = measures.fit(measures.make_reader(10), images, torch.arange(20) % 10, 1, batch=10)
     assert measures.outputs(net, images).shape == (20, 10)
+
+
+class MeanGrey:
+    """Instead of Measures: of every image, its mean grey level, whatever is asked."""
+
+    seen = []                                                   # labels
+
+    def __call__(self, images, labels, apart):
+        self.seen.append(labels.tolist())
+        grey = images.double().mean().item()
+        return {"read": grey, "diversity": 0.5, "Frechet": 2.0}
+
+    def real_digits(self, labels):
+        images = torch.full((len(labels), 1, 32, 32), 90, dtype=torch.uint8)
+        images[:, :, :8] = 255                                  # a quarter of it is white
+        return images
+
+
+def test_the_table_has_a_row_a_guide_and_plain_ones_are_no_guidance_at_w_1(monkeypatch, capsys):
+    """python benchmarks/guides.py, of an exact field for images of one grey for each label."""
+    def net(x, t, y):
+        return CondOT().data_to_u((y / 20 + 0.05).view(-1, 1, 1, 1).expand_as(x), x, t)
+    model = SimpleNamespace(config=dict(path="condot"), net=net, shape=lambda: (1, 32, 32),
+                            to_images=lambda x: measures.mnist.to_bytes(x)[:, 0])
+    monkeypatch.setattr(guides, "Model", lambda file, device: model)
+    monkeypatch.setattr(guides, "Measures", MeanGrey)
+    guides.main(["--n", "12", "--steps", "3", "--w", "1", "3", "--weak", "no.pt"])
+    out = capsys.readouterr().out
+    assert "no autoguidance without no.pt" in out
+    assert "w = 1" in out
+    assert "w = 3" in out
+    rows = {row[:13].strip(): row[13:].split() for row in out.splitlines()}
+    assert rows["real digits"] == ["131.2", "0.50", "1.00", "25.00"]        # 255/4 + 90 3/4
+    mean = 127.5 * (1 + 58 / 240)                               # of the labels 0 ... 9, 0, 1
+    assert float(rows["no guidance"][0]) == pytest.approx(mean, abs=0.3)
+    for name in ("CFG", "interval", "rising scale", "rescale", "APG"):
+        assert rows[name][:4] == rows["no guidance"]
+    for name in ("CFG", "interval", "rising scale", "CFG++", "rescale", "CFG-Zero*"):
+        assert rows[name][4:] != rows["no guidance"]
+    assert "autoguidance" not in rows
+    assert all(labels == [*range(10), 0, 1] for labels in MeanGrey.seen)
+
+
+# ---------------------------------------------------------------- benchmarks/measures.py
+
+def test_frechet_is_the_distance_of_two_gaussians():
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)): b = 3 a + 1 has C_b = 9 C_a."""
+    a = noise()
+    b = 3 * a + 1
+    means = (a.mean(dim=0) - b.mean(dim=0)).square().sum().item()
+    variance = a.var(dim=0).sum().item()
+    assert measures.frechet(a, b) == pytest.approx(means + (1 + 9 - 2 * 3) * variance)
+    assert measures.frechet(a, a) == pytest.approx(0, abs=1e-9)
+
+
+def test_border_is_the_outer_four_pixels():
+    images = torch.full((3, 1, 32, 32), 40, dtype=torch.uint8)
+    images[:, :, 4:28, 4:28] = 200
+    assert measures.border_grey(images) == 40
+
+
+def test_shapes_are_without_faint_grain():
+    """Under 32 black, over 223 white, the rest as it was."""
+    images = torch.tensor([0, 31, 32, 223, 224, 255], dtype=torch.uint8)
+    assert measures.shapes(images).tolist() == [0, 0, 32, 223, 255, 255]
+
+
+def grey_images(level):
+    return torch.full((8, 1, 32, 32), level, dtype=torch.uint8)
+
+
+def test_told_apart_is_a_half_of_what_is_alike_and_all_of_what_is_not():
+    """50 % of samples that are the real digits, 100 % of black ones beside white ones."""
+    assert measures.told_apart(grey_images(90), grey_images(90), steps=20, batch=4) == 50
+    assert measures.told_apart(grey_images(0), grey_images(255), steps=20, batch=4) == 100
+
+
+def test_real_digits_stand_in_the_order_of_the_labels():
+    """Of each label its digits in turn, from the skip-th on."""
+    y = torch.tensor([0, 1, 1, 0, 1, 0])
+    x = torch.arange(6)[:, None]
+    labels = torch.tensor([1, 0, 1])
+    assert measures.real_like(labels, x, y)[:, 0].tolist() == [1, 0, 2]
+    assert measures.real_like(labels, x, y, skip=1)[:, 0].tolist() == [2, 3, 4]
+
+
+def test_the_test_digits_are_as_good_as_digits_can_be(monkeypatch, tmp_path):
+    """No distance to themselves, in features and in grey levels, and a diversity of 1."""
+    sizes = dict(x_train=500, y_train=500, x_test=100, y_test=100)
+    with np.load(measures.mnist.FILE) as npz:
+        np.savez(tmp_path / "few.npz", **{key: npz[key][:n] for key, n in sizes.items()})
+    judge = measures.make_reader(10).eval()
+    monkeypatch.setattr(measures, "load_judge", lambda x, y: judge)
+    measure = measures.Measures(tmp_path / "few.npz")
+    row = measure(measure.test, measure.y_test, apart=False)
+    assert row["Frechet"] == pytest.approx(0, abs=1e-3)
+    assert row["grey"] == 0
+    assert row["diversity"] == 1
+    reads = measures.outputs(judge, measure.test).argmax(dim=1)
+    assert row["read"] == pytest.approx(100 * (reads == measure.y_test).double().mean().item())
+    assert row["black"] == pytest.approx(100 * (measure.test == 0).double().mean().item())
+    assert row["border"] < 1
+    assert "apart" not in row
+    assert "shape" not in row
+    inverted = measure(255 - measure.test, measure.y_test, apart=False)
+    assert inverted["grey"] > 50

@@ -186,6 +186,20 @@ def test_in_the_plane_guidance_bends_samples_away_from_the_other_classes():
     assert 1.6 < height(ode) < 1.75
 
 
+def test_the_figure_of_p_t_shows_how_far_the_ode_goes_beyond_the_tilted_law():
+    """Up is up: a column for t = 0, 1/128, ..., 1, two of black, twelve of the tilted law."""
+    image = oracle.over_time(3, n=2000)
+    assert (image[::2] == image[1::2]).all()                # two pixels a bin, down
+    assert (image[:, ::2] == image[:, 1::2]).all()          # and across
+    columns = torch.from_numpy(image[::2, ::2].copy())
+    assert columns.shape == (128, 129 + 2 + 12)
+    assert (columns[:, 129:131] == 0).all()
+    height = torch.linspace(3, -3, 128)[columns.int().argmax(dim=0)]
+    assert abs(height[0]) < 0.2                             # N(0, 1)
+    assert abs(height[128] - 1.5) < 0.2
+    assert (abs(height[131:] - 1.05) < 0.1).all()
+
+
 @ALL_PATHS
 def test_predictor_corrector_is_safe_near_t_1(path):
     """Data that are two points, +1 and -1, almost: h score stays small, and all samples land there.
@@ -213,8 +227,13 @@ def test_predictor_corrector_without_corrections_is_euler():
     x = predictor_corrector(field, corrector, noise, 10, CondOT(), corrections=0)
     assert torch.equal(x, euler(field, noise, 10))
     assert corrector_times == []
-    predictor_corrector(field, corrector, noise, 4, CondOT(), corrections=2)
+    seen = []
+
+    def watch(t, x):
+        seen.append(t)
+    predictor_corrector(field, corrector, noise, 4, CondOT(), corrections=2, watch=watch)
     assert corrector_times == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+    assert seen == [0.0, 0.25, 0.5, 0.75]
 
 
 # ---------------------------------------------------------------- away from a label
