@@ -69,7 +69,9 @@ def is_config(value):
     """Whether this is the config of a network that can be built here."""
     if not has_keys(value, CONFIG_KEYS):
         return False
-    if value["arch"] not in NETS or value["path"] not in PATHS:
+    if value["arch"] not in list(NETS) or value["path"] not in list(PATHS):
+        return False
+    if not isinstance(value["net"], dict):
         return False
     options = inspect.signature(NETS[value["arch"]]).parameters
     return set(value["net"]) <= set(options)

@@ -1257,6 +1257,16 @@ def test_a_checkpoint_that_lacks_a_part_is_refused(unet, tmp_path, part):
         checkpoint.read(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize("part, value", [
+    ("arch", ["unet"]), ("arch", "gan"), ("path", {}), ("net", 3), ("net", dict(layer=2))])
+def test_a_checkpoint_whose_config_is_not_ours_is_refused(unet, tmp_path, part, value):
+    whole = contents(unet)
+    whole["config"][part] = value
+    torch.save(whole, tmp_path / "a.pt")
+    with pytest.raises(BadInput, match="not a checkpoint"):
+        checkpoint.read(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("value", [7, None, [1, 2], dict(config=7, step=1, weights={})])
 def test_a_file_of_something_else_is_no_checkpoint(tmp_path, value):
     torch.save(value, tmp_path / "a.pt")
