@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import oracle
-from cfg_min import NULL, euler, guide, guided_field, langevin, predictor_corrector
+from cfg_min import (NULL, cfg_cfm_loss, euler, guide, guided_field, langevin,
+                     predictor_corrector)
 from oracle import TRIANGLE, TWO, moments, tilted_moments
 from paths import PATHS, CondOT
 from sample import Trajectory, generate, noise_of
@@ -117,6 +118,23 @@ def test_what_the_guided_ode_forgets_is_where_the_scores_disagree(path, w, x):
     gained += log_tilted(x, end)
     assert forgotten.abs().max() > 0.1
     close(gained, forgotten, 1e-3)
+
+
+@ALL_PATHS
+@pytest.mark.parametrize("t", (0.2, 0.6, 0.9))
+def test_loss_of_the_exact_field_is_the_variance_of_the_target(path, t):
+    """E |u_t(x) - u_t(x|z)|^2 = E Var(u_t(x|z) given x), no 0: D^2 s^2 / (alpha^2 s^2 + beta^2) for
+    data N(mu, s^2 I), D the determinant."""
+    std = 0.7
+    data = oracle.Mixture(mu=[[0.3]], std=[std], weight=[1.0], label=[4])
+    torch.manual_seed(0)
+    z = 0.3 + std * torch.randn(200000, 1).double()
+    times = torch.full((len(z),), t).double()
+    loss = cfg_cfm_loss(data.net(path), path, z, labels(4, len(z)), 0.1, times)
+    alpha, beta, d_alpha, d_beta = path.at(times[:1], z[:1])
+    determinant = d_alpha * beta - alpha * d_beta
+    variance = determinant**2 * std**2 / (alpha**2 * std**2 + beta**2)
+    close(loss, variance.squeeze(), 0.02)
 
 
 # ---------------------------------------------------------------- Langevin, predictor-corrector

@@ -2,9 +2,10 @@
 
 calls:   against network calls, for each sampler: the shipped U-Net at w = 1
 predict: what a network should predict: u, eps or z, each after the default run
-time:    after so many seconds of training from nothing, medians over seeds
+time:    after a minute of training from nothing and after the default run, medians of three seeds
 weights: the shipped networks
-The measures are those of measures.py. All samples and networks come from the two commands.
+The measures are those of measures.py. All samples and networks come from the two commands, samples
+but for calls in the 50 steps of Euler that are sample.py's default.
 """
 import argparse
 import re
@@ -20,7 +21,11 @@ import torch
 from measures import Measures, read_samples, show, show_names
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 10      # of Euler's method, in all tables but calls
+sys.path.insert(0, str(ROOT))
+from train import RECIPES                                       # noqa: E402
+
+GUIDED = 500    # samples at w = 3
+MINUTE = 220    # steps of training that take about a minute on two cores
 
 
 def run(script, *options):
@@ -63,9 +68,9 @@ def calls(folder, measures, n):
 
 def show_network(folder, measures, n, name, ckpt):
     """A row at w = 1, by all measures, and one at w = 3, whose law is not that of the data."""
-    images, labels, _ = sampled(folder, ckpt, 1, n, "--steps", STEPS)
+    images, labels, _ = sampled(folder, ckpt, 1, n)
     show(f"{name}, w = 1", measures(images, labels, shape=True))
-    images, labels, _ = sampled(folder, ckpt, 3, n, "--steps", STEPS)
+    images, labels, _ = sampled(folder, ckpt, 3, GUIDED)
     show(f"{name}, w = 3", measures(images, labels, apart=False))
 
 
@@ -88,11 +93,6 @@ def weights(folder, measures, n):
         show_network(folder, measures, n, name, ROOT / f"weights/{name}.pt")
 
 
-def steps_in(budget, rate, batch):
-    """--steps that fit into so many seconds at this many images/s."""
-    return max(100, int(budget * rate / batch))
-
-
 def trained(out, steps, seed):
     """Seconds, start-up included, of a training run; its last printed loss."""
     began = time.perf_counter()
@@ -101,20 +101,19 @@ def trained(out, steps, seed):
     return time.perf_counter() - began, loss
 
 
-def time_to_quality(folder, measures, n, budgets, seeds, batch=128):
-    """After each budget of seconds, for w = 1: rows of each seed, and their medians."""
-    out = Path(folder) / "a.pt"
-    seconds, _ = trained(out, 200, 0)           # how fast this machine is, about
-    rate = 200 * batch / seconds
-    for budget in budgets:
+def time_to_quality(folder, measures, n, seeds=3):
+    """After about a minute and after the default run: rows of each seed, and their medians.
+
+    The networks stay in runs/time_*.pt.
+    """
+    for steps in (MINUTE, RECIPES["unet"]["steps"]):
         rows = []
         for seed in range(seeds):
-            steps = steps_in(budget, rate, batch)
+            out = Path("runs") / f"time_{steps}_{seed}.pt"
             seconds, loss = trained(out, steps, seed)
-            rate = steps * batch / seconds
-            images, labels, _ = sampled(folder, out, 1, n, "--steps", STEPS)
+            images, labels, _ = sampled(folder, out, 1, n)
             row = measures(images, labels)
-            guided, guided_labels, _ = sampled(folder, out, 3, 1000, "--steps", STEPS)
+            guided, guided_labels, _ = sampled(folder, out, 3, GUIDED)
             row["w=3 read"] = measures(guided, guided_labels, apart=False)["read"]
             row["loss"] = loss
             row["seconds"] = seconds
@@ -123,24 +122,22 @@ def time_to_quality(folder, measures, n, budgets, seeds, batch=128):
             show(f"seed {seed}, {steps} steps", row)
             rows.append(row)
         medians = {key: statistics.median(row[key] for row in rows) for key in rows[0]}
-        show(f"median, {budget} s", medians)
+        show(f"median, {steps} steps", medians)
+
+
+PARTS = {"calls": calls, "predict": predict, "time": time_to_quality, "weights": weights}
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("part", choices=("calls", "predict", "time", "weights"))
+    p.add_argument("part", choices=PARTS)
     p.add_argument("--n", type=int, default=1000, help="samples a measurement (1000)")
-    p.add_argument("--seconds", type=int, nargs="+", default=(60, 300), help="of time")
-    p.add_argument("--seeds", type=int, default=3, help="of time")
     options = p.parse_args()
     measures = Measures()
     with tempfile.TemporaryDirectory() as folder:
-        if options.part == "time":
-            time_to_quality(folder, measures, options.n, options.seconds, options.seeds)
-        else:
-            table = {"calls": calls, "predict": predict, "weights": weights}[options.part]
-            table(folder, measures, options.n)
+        table = PARTS[options.part]
+        table(folder, measures, options.n)
 
 
 if __name__ == "__main__":
