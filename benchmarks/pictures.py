@@ -1,6 +1,7 @@
-"""Pictures for the README: `python benchmarks/pictures.py strip|loss|curves`, into figures/.
+"""Pictures for the README: `python benchmarks/pictures.py strip|away|loss|curves`, into figures/.
 
 strip:  digits of the shipped U-Net, a row from one noise, a column a w
+away:   threes of w = 3 and, from the same noise, threes away from 8
 loss:   of a training run, by what it printed: `python train.py --arch unet > LOG`, then `loss LOG`
 curves: what w does to three measures of measures.py, 500 samples of the shipped U-Net each
 """
@@ -76,6 +77,15 @@ def strip(folder, scales=(0, 1, 1.5, 2, 3, 5, 8)):
     return picture.panel(grid, "w =", "".join(f"{w:<4g}" for w in scales).rstrip())
 
 
+def away(folder):
+    """Guidance away from none, above, and from the label 8, below."""
+    rows = []
+    for more in ((), ("--away-from", 8)):
+        images, _, _ = sampled(folder, "weights/unet.pt", 3, 10, "--label", 3, *more)
+        rows.append(images[:, 0])
+    return picture.panel(torch.stack(rows).numpy())
+
+
 def loss(log):
     """The loss, on an axis of logarithms, over the steps."""
     lines = re.findall(r"step (\d+)/\d+  loss (\S+)", Path(log).read_text())
@@ -104,14 +114,15 @@ def curves(folder, scales=(0, 0.5, 1, 1.5, 2, 3, 5, 8), n=500):
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("part", choices=("strip", "loss", "curves"))
+    p.add_argument("part", choices=("strip", "away", "loss", "curves"))
     p.add_argument("log", nargs="?", default="LOG", help="of loss: what train.py printed")
     options = p.parse_args()
     if options.part == "loss":
         image = loss(options.log)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            image = {"strip": strip, "curves": curves}[options.part](folder)
+            draw = {"strip": strip, "away": away, "curves": curves}[options.part]
+            image = draw(folder)
     (ROOT / f"figures/{options.part}.png").write_bytes(picture.png(image))
 
 
