@@ -5,7 +5,7 @@ Copy this file: it works alone. A path (paths.py, or yours) is an argument. "Lec
 
 The aim: images of class y, and more decidedly so than the data are. One network u_t(x|y) learns to
 be conditional and unconditional at once: while it trains, y becomes NULL with probability eta, so
-that u_t(x|NULL) is u_t(x). The guided field goes from the one through the other and beyond:
+that u_t(x|NULL) is u_t(x). The guided field goes from u_t(x|NULL) to u_t(x|y), and on:
 
     (1 - w) u_t(x|NULL) + w u_t(x|y)        w is the guidance scale: 0 unconditional,
                                             1 conditional, > 1 guided.
@@ -25,7 +25,8 @@ NULL = 10       # the label for "no label", after MNIST's 0 ... 9
 # ---------------------------------------------------------------- training
 
 def drop_labels(y, eta):
-    """y <- NULL with probability eta, each sample by itself, a new tensor; Lecture 4, L_CFM^CFG."""
+    """y <- NULL with probability eta, independently for each sample, as a new tensor; Lecture 4,
+    L_CFM^CFG."""
     dropped = torch.rand(len(y), device=y.device) < eta
     return torch.where(dropped, NULL, y)
 
@@ -46,8 +47,8 @@ def cfg_cfm_loss(net, path, z, y, eta=0.1, t=None):
 def cfg_dsm_loss(net, path, z, y, eta=0.1):
     """E || eps_theta(x|y) - eps ||^2: DDPM's L_simple (003_da10c6c8947a0fc6.txt), labels dropped.
 
-    net(x, t, y) -> eps. As score = -eps / beta_t, it is L_DSM^CFG (002_49842480371d0be4.txt) times
-    beta_t^2.
+    net(x, t, y) -> eps. As score = -eps / beta_t, it is L_DSM^CFG (002_49842480371d0be4.txt) with
+    the weight beta_t^2 under its E.
     """
     y = drop_labels(y, eta)
     t = torch.rand(len(z), device=z.device)
@@ -64,7 +65,7 @@ def classifier_loss(classifier, path, z, y):
 
 
 def logit_normal(n, mean, std, device=None):
-    """n times t with logit(t) ~ N(mean, std^2): dense around one time.
+    """Draws t (n,) with logit(t) ~ N(mean, std^2): dense around one time.
 
     Esser et al. 2024, section 3.1, whose t runs the other way: their mean is ours negated.
     """
@@ -78,14 +79,15 @@ def logit_normal(n, mean, std, device=None):
 # Data lie between low and high, and so does E[z|x]: z is held there, as Ho et al. 2020 hold it.
 
 def held(z, low, high):
-    """z within [low, high], in value but not in gradient: what lies outside can learn to return."""
+    """z within [low, high]; the gradient passes as if it were not held, so that what lies outside
+    can learn to return (straight through, Bengio et al. 2013)."""
     return z + (z.clamp(low, high) - z).detach()
 
 
 def u_from_z(net, path, low=-math.inf, high=math.inf, last_t=0.999):
     """A network that predicts z, as a vector field net(x, t, y) -> u = (D z + beta' x) / beta.
 
-    After last_t, where beta goes to 0, the time stands still: a solver may ask at t = 1.
+    After last_t, where beta goes to 0, the formula's t stands still: a solver may ask at t = 1.
     """
     def field(x, t, y):
         z = held(net(x, t, y), low, high)
@@ -97,7 +99,7 @@ def u_from_z(net, path, low=-math.inf, high=math.inf, last_t=0.999):
 def u_from_eps(net, path, low, high, first_t=0.001):
     """A network that predicts eps, as a vector field net(x, t, y) -> u, by the z that it implies.
 
-    Before first_t, where alpha goes to 0 and eps says nothing of z, the time stands still.
+    Before first_t, where alpha goes to 0 and eps says nothing of z, the formula's t stands still.
     """
     def implied_z(x, t, y):
         eps = net(x, t, y)
@@ -122,15 +124,15 @@ def guided_field(net, x, t, y, w, away_from=NULL):
     """The field of Lecture 4, Algorithm 8: one call of net on 2B, or on B alone for w = 0 or 1.
 
     Or guidance away from a label y', which takes the place of null. By Bayes' rule, twice,
-    grad log p_t(x|y) - grad log p_t(x|y') = grad log p_t(y|x) - grad log p_t(y'|x): the part that
-    w - 1 adds to u_t(x|y) makes y more probable and y' less. w = 0 is then u_t(x|y').
+    grad log p_t(x|y) - grad log p_t(x|y') = grad log p_t(y|x) - grad log p_t(y'|x): what is added
+    to u_t(x|y), w - 1 times this, makes y more probable and y' less. w = 0 is then u_t(x|y').
     """
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
     other = torch.full_like(y, away_from)
     if w == 1:
         return net(x, t, y)                     # Algorithm 7
     if w == 0:
-        return net(x, t, other)                 # no guidance at all
+        return net(x, t, other)
     both = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, other]))     # (2B, ...)
     cond, uncond = both.chunk(2)
     return guide(cond, uncond, w)
@@ -141,15 +143,16 @@ def classifier_gradient(classifier, x, t, y):
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
     with torch.enable_grad():
         x = x.detach().requires_grad_()
+        # a sum over the samples: each one's gradient is that of its own term
         log_p = -F.cross_entropy(classifier(x, t), y, ignore_index=NULL, reduction="sum")
-        gradient, = torch.autograd.grad(log_p, x)
+        gradient = torch.autograd.grad(log_p, x)[0]
     return gradient
 
 
 def classifier_guided_field(net, classifier, path, x, t, y, w):
     """u_t(x|null) + w b_t grad log p_t(y|x); Lecture 4, "guidance with classifier"; alpha_t > 0.
 
-    It is also the corrected eps of the second "Guided sampling" in 003_da10c6c8947a0fc6.txt.
+    As a u, the corrected eps of the second "Guided sampling" in 003_da10c6c8947a0fc6.txt.
     """
     null = torch.full_like(y, NULL)
     _, b = path.a_b(t, x)
@@ -181,7 +184,7 @@ def euler(field, x, steps, t0=0.0, watch=ignore):
 
 
 def heun(field, x, steps, t0=0.0, watch=ignore):
-    """Order 2: Euler's step, redone with the mean of u at both its ends; 2 steps - 1 calls.
+    """Order 2: Euler's step, redone with the mean of u at both its ends; 2*steps - 1 calls.
 
     The last step stays Euler's, as u may be infinite at t = 1; Karras et al. 2022, Algorithm 1.
     """
@@ -225,9 +228,9 @@ def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_
     """X_s = mean + sigma xi, mean = alpha_s z + sqrt(beta_s^2 - sigma^2) eps, z and eps those of t.
 
     noise = 0 is DDIM, on CondOT exactly Euler. noise = 1 is DDPM's ancestral sampler: sigma^2 is
-    beta~, the variance of q(x_s|x_t, z). Song et al. 2021 (DDIM), eq. 12 and 16.
+    beta~, the variance of q(x_s|x_t, z). Song, Meng & Ermon 2021 (DDIM), eq. 12 and 16.
     push(mean, s) -> w grad log p_s(y|mean) is classifier guidance step by step: sigma^2 times it is
-    added to the mean; first "Guided sampling" of 003_da10c6c8947a0fc6.txt, with sigma for sigma^2.
+    added to the mean; first "Guided sampling" of 003_da10c6c8947a0fc6.txt, which prints sigma.
     """
     for t, s in times(steps, t0):
         watch(t, x)
@@ -238,23 +241,23 @@ def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_
         eps = path.u_to_eps(u, x, t)
         # towards noise, x_t = (alpha / alpha_s) x_s + new noise, of this variance:
         added = beta**2 - (alpha / alpha_s * beta_s)**2
-        # back again, Bayes' rule leaves of it
-        variance = (beta_s / beta)**2 * added                   # beta~
+        variance = (beta_s / beta)**2 * added                   # beta~ = Var(x_s|x_t, z)
         sigma = noise * variance.clamp(min=0).sqrt()
-        x = alpha_s * z + (beta_s**2 - sigma**2).sqrt() * eps   # the mean
+        mean = alpha_s * z + (beta_s**2 - sigma**2).sqrt() * eps
         if push is not None:
-            x = x + sigma**2 * push(x, s)
+            mean = mean + sigma**2 * push(mean, s)
+        x = mean
         if noise:
             x = x + sigma * randn(x)
     return x
 
 
 def langevin(field, x, t, path, steps, randn=torch.randn_like):
-    """x <- x + h score + sqrt(2h) xi, several times: t stands still, x comes to follow exp(log p)
-    of that score.
+    """x <- x + h score + sqrt(2h) xi, several times: t stands still, and x comes to follow the law
+    that has this score.
 
     h = beta_t^2 / 10, so that h score = (alpha_t E[z|x] - x) / 10 is a tenth of the way to where x
-    would be without its noise: never large, though the score is near t = 1, and gone with beta_t.
+    would be without its noise: never large, though the score is near t = 1; and h -> 0 with beta_t.
     """
     _, beta, _, _ = path.at(t, x)
     h = beta**2 / 10
@@ -270,7 +273,8 @@ def predictor_corrector(field, corrector, x, steps, path, corrections=1, t0=0.0,
 
     With u_t(x|y) as field and the guided field as corrector, the samples come near the tilted law
     p_t(x|y)^w p_t(x)^(1-w), whose score the guided field has and whose samples it does not give;
-    the nearer, the more corrections and steps. Bradley & Nakkiran 2024; Song et al. 2021, 4.2.
+    the nearer, the more corrections and steps. Bradley & Nakkiran 2024; Song et al. 2021 (SDE),
+    section 4.2.
     """
     for t, s in times(steps, t0):
         watch(t, x)

@@ -104,7 +104,7 @@ def vector_field(net, config):
     """net(x, t, y) -> u of a network that predicts what config says: u, eps or z."""
     path = PATHS[config["path"]]
     high = 4.0 if config["latent"] else 1.0     # of pixels; latents have variance 1
-    if config["predict"] == "z":                # held below alone: black is -1, white not quite 1
+    if config["predict"] == "z":                # below alone: held at 1, all white would be 255
         return u_from_z(net, path, low=-high)
     if config["predict"] == "eps":
         return u_from_eps(net, path, -high, high)

@@ -86,6 +86,7 @@ class DiT(nn.Module):
         numbers = in_channels * patch**2        # of a patch
         self.embed = nn.Linear(numbers, width)
         self.last = zero(nn.Linear(width, numbers))
+        # fixed, so not saved
         self.register_buffer("positions", positions(size // patch, width), persistent=False)
         self.time = time_embedding(width)
         self.label = nn.Embedding(10 + 1, width)            # one more for NULL

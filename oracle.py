@@ -75,7 +75,7 @@ class Mixture:
     def data_and_eps(self, path, x, t, y):
         """E[z|x, y] and E[eps|x, y], each (B, D).
 
-        Given k they are mu_k + alpha std_k^2 / var_k offset_k and beta / var_k offset_k.
+        Given k: mu_k + (alpha std_k^2 / var_k) offset_k, and (beta / var_k) offset_k.
         """
         offset, var = self.offset_and_var(path, x, t)
         alpha, beta, _, _ = path.at(t, x)                       # (B, 1)
@@ -144,7 +144,7 @@ def tilted_moments(mixture, y, w):
 
 
 def best_mixture_moments(mean):
-    """Mean and std of the mixture of p(.|y), mean 1, and p, mean 0, that is nearest to a mean."""
+    """Mean and std of that mixture of p(.|y), mean 1, and p, mean 0, whose mean is nearest."""
     share = min(max(mean, 0), 1)                # of p(.|y); both have E[x^2] = 1.25
     return share, math.sqrt(1.25 - share**2)
 
@@ -192,7 +192,7 @@ def grey(density):
 
 
 def over_time(w, n=20000):
-    """p_t of the guided samples of TWO, y = +1: a column for each t, and behind, the tilted law.
+    """p_t of the guided samples of TWO, y = +1: a column for each t, then the tilted law.
 
     The noise stands at the n quantiles of N(0, 1), so that the histograms have no grain.
     """

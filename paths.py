@@ -13,7 +13,8 @@ field: it carries all of the noise to the data, and it is what a network learns.
 of x when z is any data point, and grad log p_t(x) its score.
 
 The two equations above are linear in z and eps. Solved for them, with the determinant D, they give
-every conversion between u, score, eps and z, for one pair and so for the means over all pairs:
+every conversion between u, eps and z, for one pair and so for the means over all pairs; and the
+score of the Gaussian p_t(x|z) is -(x - alpha z) / beta^2:
 
     D = alpha' beta - alpha beta'           1 for CondOT, pi/2 for Cosine, never 0
     z = (beta u - beta' x) / D              E[z|x], if u is the marginal field
@@ -32,7 +33,7 @@ class GaussianPath:
     """What all paths share. A path itself is four functions of t: alpha, beta, d_alpha, d_beta."""
 
     def at(self, t, x):
-        """alpha, beta, alpha', beta' at t, (B, 1, ..., 1): over the batch, never over the width."""
+        """alpha, beta, alpha', beta' at t, one for each sample, with the axes of x: (B, 1, ..., 1)."""
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
         t = t.view(-1, *[1] * (x.ndim - 1))     # (B,) -> (B, 1, ..., 1)
         return self.alpha(t), self.beta(t), self.d_alpha(t), self.d_beta(t)
@@ -78,7 +79,8 @@ class GaussianPath:
         return (self.determinant(t, x) * z + d_beta * x) / beta
 
     def a_b(self, t, x):
-        """a = alpha'/alpha and b = (alpha' beta^2 - beta' beta alpha)/alpha; Lecture 4, FACT."""
+        """a = alpha'/alpha and b = (alpha' beta^2 - beta' beta alpha)/alpha; Lecture 4, FACT, which
+        prints b without the beta of its second term."""
         alpha, beta, d_alpha, d_beta = self.at(t, x)
         a = d_alpha / alpha
         b = (d_alpha * beta**2 - d_beta * beta * alpha) / alpha
@@ -103,7 +105,7 @@ class Cosine(GaussianPath):
     """alpha = sin(pi t / 2), beta = cos(pi t / 2): variance-preserving, alpha^2 + beta^2 = 1."""
 
     def alpha(self, t): return torch.sin(math.pi / 2 * t)
-    def beta(self, t): return torch.sin(math.pi / 2 * (1 - t))      # 0 at t = 1, where cos rounds
+    def beta(self, t): return torch.sin(math.pi / 2 * (1 - t))      # cos, but exactly 0 at t = 1
     def d_alpha(self, t): return math.pi / 2 * self.beta(t)
     def d_beta(self, t): return -math.pi / 2 * self.alpha(t)
 
@@ -112,8 +114,8 @@ class DDPM(GaussianPath):
     """Ho et al. 2020: alpha = sqrt(abar), beta = sqrt(1 - abar), s = 1 - t = t_DDPM / T.
 
     Their noise rates 1e-4 ... 0.02 at T = 1000 are rate(s) = 0.1 + 19.9 s in continuous time, and
-    abar = exp(-int_0^s rate) (Song et al. 2021, eq. 33). alpha_0 is 0.0066, so that x at t = 0 is
-    almost pure noise. beta' = -alpha alpha' / beta, infinite at t = 1, is held there.
+    abar = exp(-int_0^s rate) (Song et al. 2021, SDE, eq. 33). alpha_0 is 0.0066: x at t = 0 is
+    almost pure noise. beta' = -alpha alpha' / beta is infinite at t = 1: divided by 1e-3 there.
     """
 
     def rate(self, t): return 0.1 + 19.9 * (1 - t)

@@ -36,7 +36,7 @@ SAMPLERS = {    # what each takes beside (field, x, steps, t0, watch)
 # ---------------------------------------------------------------- sampling
 
 def noise_of(seed, ids, shape):
-    """randn(like): the next noise (B, *shape) of samples ids, of each from (seed, id) alone."""
+    """randn(like): at each call the next noise (B, *shape); sample i's stream is of (seed, i)."""
     generators = [np.random.default_rng([seed, i]) for i in ids]
 
     def randn(like):
@@ -122,11 +122,11 @@ def newest(fits, shipped):
 
 
 class Model:
-    """A checkpoint to sample from: net is its field u, decode turns x at t = 1 into pixels."""
+    """A checkpoint to sample from: net is its field u, to_images turns x at t = 1 into pixels."""
 
     def __init__(self, file, device):
         self.file = file or newest(lambda config: config["arch"] in FIELDS, "unet.pt")
-        self.file = self.file or "weights/unet.pt"
+        self.file = self.file or "weights/unet.pt"          # for the error that follows
         self.field, self.config = checkpoint.load(self.file, device)
         if self.config["arch"] not in FIELDS:
             raise BadInput(f"{self.file}: no sampler, a {self.config['arch']}")
@@ -157,9 +157,10 @@ class Model:
 
 
 def find_judge(model, guides):
-    """The newest noisy classifier of the model's data, and its file; if it guides, of its path too.
+    """The newest noisy classifier that saw the model's data, and its file.
 
-    None, None where there is none, and nothing to guide.
+    One that guides must have seen the model's path as well. None, None where there is none and
+    nothing to guide.
     """
     if guides and model.vae:
         raise BadInput(f"{model.file}: a latent model takes --guidance cfg only")
@@ -238,7 +239,10 @@ class Progress:
 
 
 def images_of(model, samples):
-    """Chunks of x at t = 1 as images (N, 32, 32) uint8. Raises BadInput."""
+    """Chunks of x at t = 1, which generate makes one by one, as images (N, 32, 32) uint8.
+
+    Raises BadInput.
+    """
     images = []
     for x in samples:
         if not x.isfinite().all():

@@ -507,7 +507,7 @@ def test_without_eta_one_label_in_ten_is_dropped(recorder):
     ("z", None, -0.8, 0.8), ("u", None, -1, 1), ("z", "vae.pt", 0, 1)])
 def test_t_is_drawn_where_the_label_is_decided(predict, latent, mean, std):
     """logit(t) ~ N(-0.8, 0.8^2) for a network that predicts z, N(0, 1) in latents."""
-    logits = times_of_training(predict, latent, step=0).logit()
+    logits = times_of_training(predict, latent, step=799, steps=850).logit()
     assert abs(logits.mean() - mean) < 0.05
     assert abs(logits.std() - std) < 0.05
 
@@ -515,8 +515,8 @@ def test_t_is_drawn_where_the_label_is_decided(predict, latent, mean, std):
 @pytest.mark.parametrize("predict", ["z", "u"])
 def test_in_the_last_third_every_second_time_is_late(predict):
     """Half of them uniform in [0.4, 0.97], of which 0.22/0.57 lie above 0.75."""
-    before = times_of_training(predict, None, step=59)
-    after = times_of_training(predict, None, step=60)
+    before = times_of_training(predict, None, step=999)
+    after = times_of_training(predict, None, step=1000)
     usual = (before > 0.75).double().mean()
     late = (after > 0.75).double().mean()
     assert abs(late - (usual + 0.22 / 0.57) / 2) < 0.02
@@ -524,14 +524,14 @@ def test_in_the_last_third_every_second_time_is_late(predict):
 
 
 def test_latents_have_their_times_to_the_end():
-    logits = times_of_training("u", "vae.pt", step=89).logit()
+    logits = times_of_training("u", "vae.pt", step=1499).logit()
     assert abs(logits.mean()) < 0.05
     assert abs(logits.std() - 1) < 0.05
 
 
-def times_of_training(predict, latent, step):
-    """4000 times t at which a step of 90 calls the network."""
-    config = dict(arch="unet", path="condot", predict=predict, eta=0.1, latent=latent, steps=90)
+def times_of_training(predict, latent, step, steps=1500):
+    """4000 times t at which a step of a run of so many calls the network."""
+    config = dict(arch="unet", path="condot", predict=predict, eta=0.1, latent=latent, steps=steps)
     z = torch.zeros(4000, 1, 1, 1)
     times = []
 

@@ -137,6 +137,19 @@ def test_loss_of_the_exact_field_is_the_variance_of_the_target(path, t):
     close(loss, variance.squeeze(), 0.02)
 
 
+def test_guidance_leads_to_where_labels_agree_that_lie_in_three_of_ten_cases():
+    """The exact field of wrong labels draws them: 70 % at +1, given 1; w = 3 nearly all."""
+    lies = oracle.Mixture(mu=[[1.0], [-1.0], [-1.0], [1.0]], std=[0.3] * 4,
+                          weight=[0.35, 0.15, 0.35, 0.15], label=[1, 1, 0, 0])
+    x = draw_noise(2000, 1)
+    right = {}
+    for w in (1.0, 3.0):
+        field = partial(guided_field, lies.net(CondOT()), y=labels(1, len(x)), w=w)
+        right[w] = (euler(field, x, 50) > 0).double().mean()
+    assert abs(right[1.0] - 0.7) < 0.03
+    assert right[3.0] > 0.9
+
+
 # ---------------------------------------------------------------- Langevin, predictor-corrector
 
 @ALL_PATHS

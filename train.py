@@ -53,13 +53,13 @@ def draw_batch(images, labels, n):
 def draw_times(config, n, step, device):
     """t (n,), logit-normal: most where the label is decided.
 
-    In the last third of a run half of them are uniform in LATE instead: what tells samples from
-    digits then is the grey of single pixels, which the field near t = 1 decides.
+    Late in a run samples differ from digits in the grey of single pixels, which the field near
+    t = 1 decides. So after two thirds of it, and 800 steps, half of t are uniform in LATE.
     """
     if config["latent"]:
         return logit_normal(n, *TIMES["latent"], device)
     t = logit_normal(n, *TIMES[config["predict"]], device)
-    if step < 2 / 3 * config["steps"]:
+    if step < max(800, 2 / 3 * config["steps"]):
         return t
     low, high = LATE
     late = low + (high - low) * torch.rand(n, device=device)
@@ -81,7 +81,7 @@ def loss_of(config, net, z, y, step):
 
 
 def learning_rate(config, step):
-    """Warm-up over 100 steps, then linear decay to 0."""
+    """Linear decay to 0, times a warm-up over the first 100 steps."""
     warm_up = min((step + 1) / 100, 1)
     decay = 1 - step / config["steps"]
     return config["lr"] * warm_up * decay
@@ -93,8 +93,8 @@ NOT_HIDDEN = "first", "last", "embed", "label", "time", "inject", "modulation"
 def is_hidden_matrix(name, p):
     """Whether Muon trains this parameter: a matrix or kernel between two hidden layers.
 
-    Not so are vectors, the first and the last layer, and what only embeddings of t and y go
-    through: AdamW trains these.
+    Not so are vectors, the first and the last layer of a U-Net or DiT, and what only embeddings of
+    t and y go through: AdamW trains these.
     """
     return p.ndim > 1 and not any(word in name for word in NOT_HIDDEN)
 
@@ -131,7 +131,7 @@ class Optimizers:
 
 
 def update_average(average, net, step, ema):
-    """average <- decay average + (1 - decay) net; the decay is short at first, ema in the end."""
+    """average <- decay average + (1 - decay) net; the decay rises from 0.1 to ema."""
     decay = min(ema, (step + 1) / (step + 10))
     for p, q in zip(average.parameters(), net.parameters()):
         p.lerp_(q.detach(), 1 - decay)

@@ -104,7 +104,7 @@ class UNet(nn.Module):
         self.time = time_embedding(E)
         self.label = nn.Embedding(10 + 1, E)    # one more for NULL
         self.encoder = Encoder(channels, layers, in_channels, stride, E)
-        upward = list(pairwise(channels))[::-1]             # (c, d): from d channels up to c
+        upward = list(pairwise(channels))[::-1]             # (c, d): up, and d channels become c
         self.ups = nn.ModuleList(nn.Conv2d(d, c, 3, padding=1) for c, d in upward)
         self.decoders = nn.ModuleList(Stage(c, E, layers) for c, _ in upward)
         self.norm = nn.GroupNorm(8, channels[0])

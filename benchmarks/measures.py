@@ -172,6 +172,7 @@ class Measures:
             "border": border_grey(images),
             "diversity": mnist.diversity(images, labels) / self.test_diversity,
         }
+        # others than those of real_digits
         real = real_like(labels, self.x, self.y, skip=len(labels) // 8)
         if apart:
             out["apart"] = told_apart(images, real)

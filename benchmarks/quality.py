@@ -4,8 +4,8 @@ calls:   against network calls, for each sampler: the shipped U-Net at w = 1
 predict: what a network should predict: u, eps or z, each after the default run
 time:    after a minute of training from nothing and after the default run, medians of three seeds
 weights: the shipped networks
-The measures are those of measures.py. All samples and networks come from the two commands, samples
-but for calls in the 50 steps of Euler that are sample.py's default.
+The measures are those of measures.py. All samples and networks come from the two commands; samples
+are made in sample.py's default, 50 steps of Euler, except in calls.
 """
 import argparse
 import re
@@ -55,7 +55,7 @@ def show_real(measures, labels, **slow):
 
 
 def calls(folder, measures, n):
-    """Quality against network calls. A step of Heun is two calls."""
+    """Quality against network calls. A step of Heun is two calls, its last one."""
     show_real(measures, torch.arange(n) % 10, apart=False)
     for sampler in ("euler", "heun", "em"):
         for budget in (5, 10, 20, 50, 100, 200):
