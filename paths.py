@@ -33,7 +33,7 @@ class GaussianPath:
     """What all paths share. A path itself is four functions of t: alpha, beta, d_alpha, d_beta."""
 
     def at(self, t, x):
-        """alpha, beta, alpha', beta' at t, one for each sample, with the axes of x: (B, 1, ..., 1)."""
+        """alpha, beta, alpha', beta' at t, (B, 1, ..., 1): one a sample, with as many axes as x."""
         t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
         t = t.view(-1, *[1] * (x.ndim - 1))     # (B,) -> (B, 1, ..., 1)
         return self.alpha(t), self.beta(t), self.d_alpha(t), self.d_beta(t)

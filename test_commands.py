@@ -222,7 +222,8 @@ def test_a_plot_s_line_goes_where_its_numbers_say(tmp_path):
     log = tmp_path / "log"
     log.write_text("".join(f"step {k}/9  loss {2 ** -(k // 4)}  5 images/s\n" for k in (1, 5, 9)))
     plot = pictures.loss(log)[4 + 16:, 4:]      # without frame and title
-    axes = plot[8:8 + 160, 48:48 + 240] == 255
+    top, left = pictures.TOP, pictures.LEFT
+    axes = plot[top:top + 160, left:left + 240] == 255
     assert axes[0, 27]                          # 1 at step 1, of the ticks 0 ... 9
     assert axes[79:82, 133].any()               # 0.5 at step 5
     assert axes[159, 239]                       # 0.25 at step 9

@@ -23,7 +23,7 @@ from measures import Measures                                   # noqa: E402
 from quality import sampled                                     # noqa: E402
 
 WIDTH, HEIGHT = 240, 160                        # of a plot, from axis to axis, in pixels
-LEFT, TOP, RIGHT, BELOW = 48, 8, 20, 24         # around it, for the numbers
+LEFT, TOP, RIGHT, BELOW = 56, 8, 20, 24         # around it, for the numbers
 
 
 def round_numbers(values):
