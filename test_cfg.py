@@ -383,6 +383,20 @@ def test_guidance_is_one_rule_in_u_score_eps_and_z(path, w, x):
         close(path.u_to_data(u, x, t), guide(z_y, z_null, w), 1e-6)
 
 
+def test_a_classifiers_gradient_is_each_samples_own_and_0_without_a_label():
+    """d/dx of the sum of log p(y|x) over a batch of mixed labels, NULL among them."""
+    def classifier(x, t):
+        return (x[:, :1] * torch.arange(10.0).double()).sin() * t[:, None]
+    x = torch.tensor([[0.3, 1.0], [0.7, 2.0], [-0.4, 3.0]]).double()
+    y = torch.tensor([2, NULL, 7])
+    gradient = cfg_min.classifier_gradient(classifier, x, 0.5, y)
+    for i in (0, 2):
+        alone = cfg_min.classifier_gradient(classifier, x[i:i + 1], 0.5, y[i:i + 1])
+        close(gradient[i:i + 1], alone)
+        assert alone[0, 0] != 0
+    assert gradient[1].tolist() == [0, 0]
+
+
 @ALL_PATHS
 @SCALES
 def test_classifier_guidance_is_classifier_free_guidance(path, w, x):

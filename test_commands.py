@@ -1125,6 +1125,24 @@ def test_the_shipped_networks_draw_their_labels_as_w_says(run, capsys, file, w, 
     assert f"w = {w}: {percent:.1f} % read as their label" in capsys.readouterr().out
 
 
+def test_more_w_pays_with_diversity(run):
+    """From the same noise, samples of a class lie nearer to one another at w = 8 than at w = 1."""
+    spread = {}
+    for w in (1, 8):
+        line = f"--ckpt weights/unet.pt --n 50 --steps 8 --sampler heun --w {w}"
+        images, labels = sampled(run, line)
+        spread[w] = mnist.diversity(torch.from_numpy(images), torch.from_numpy(labels))
+    assert spread[8] < 0.99 * spread[1]
+
+
+@pytest.mark.parametrize("file", ["unet.pt", "dit.pt", "latent_dit.pt"])
+def test_the_background_of_shipped_networks_samples_is_black(run, file):
+    """Exactly, as 85 % of a digit's pixels are: z and the autoencoder's pixels are held there."""
+    line = f"--ckpt weights/{file} --n 20 --steps 8 --sampler heun --w 1"
+    images, _ = sampled(run, line)
+    assert 0.8 < (images == 0).mean() < 0.9
+
+
 def test_label_asks_for_one_digit(run):
     """--label 7: labels and images are of sevens alone."""
     line = "--ckpt weights/unet.pt --w 3 --n 10 --steps 8 --sampler heun"
