@@ -59,10 +59,11 @@ def generate(field, y, shape, seed, sampler, steps, options, t0=0.0, watch=ignor
         if "randn" in takes:
             given["randn"] = randn
         for name in ("corrector", "push"):
-            if name in options:
+            if name in options:                 # a function (x, t, y) -> ...; y is this chunk's
                 given[name] = partial(options[name], y=labels)
         field_of_labels = partial(field, y=labels)
-        yield simulate(field_of_labels, x=randn(y), steps=steps, t0=t0, watch=watch, **given)
+        noise = randn(y)                        # on the device of y
+        yield simulate(field_of_labels, x=noise, steps=steps, t0=t0, watch=watch, **given)
 
 
 class Trajectory:
@@ -179,12 +180,16 @@ def find_judge(model, guides):
     return None, None
 
 
-def guided(model, judge, options, w):
-    """The guided field (x, t, y) -> u of scale w; options: --guidance, --interval, --away-from."""
-    low, high = options.interval
+def scale_at(t, w, interval):
+    """w for t in the interval [LO, HI], both ends included; outside it 1, no guidance."""
+    low, high = interval
+    return w if low <= t <= high else 1.0
 
+
+def make_field(model, judge, options, w):
+    """The guided field (x, t, y) -> u of scale w; options: --guidance, --interval, --away-from."""
     def field(x, t, y):
-        scale = w if low <= t <= high else 1.0
+        scale = scale_at(t, w, options.interval)
         if options.guidance == "classifier":
             return classifier_guided_field(model.net, judge, model.path, x, t, y, scale)
         if options.guidance == "mean":          # the sampler's push does it
@@ -193,15 +198,13 @@ def guided(model, judge, options, w):
     return field
 
 
-def pushed(judge, options, w):
+def make_push(judge, options, w):
     """push(x, t, y) = w grad log p_t(y|x) that --guidance mean asks for, else None."""
     if options.guidance != "mean":
         return None
-    low, high = options.interval
 
     def push(x, t, y):
-        scale = w if low <= t <= high else 1.0
-        return scale * classifier_gradient(judge, x, t, y)
+        return scale_at(t, w, options.interval) * classifier_gradient(judge, x, t, y)
     return push
 
 
@@ -368,11 +371,12 @@ def sampler_options(options, path, corrector, push):
 
 def drawn(model, judge, options, w, y, t0, trajectory):
     """Samples of the labels y (N,) at scale w, as images (N, 32, 32) uint8. Raises BadInput."""
-    towards_w = guided(model, judge, options, w)
+    towards_w = make_field(model, judge, options, w)
     field = towards_w
     if options.sampler == "pc":                 # predicts with u_t(x|y), corrects towards w
-        field = guided(model, judge, options, 1.0)
-    given = sampler_options(options, model.path, towards_w, pushed(judge, options, w))
+        field = make_field(model, judge, options, 1.0)
+    push = make_push(judge, options, w)
+    given = sampler_options(options, model.path, towards_w, push)
     steps = math.ceil(len(y) / CHUNK) * options.steps
     progress = Progress(w, steps, trajectory.watch if trajectory else ignore)
     samples = generate(field, y, model.shape(), options.seed, options.sampler, options.steps,
@@ -400,7 +404,8 @@ def main(argv=None):
         if judge:
             report(w, images, y, judge, judge_file, model.config["real_diversity"])
         if trajectory:
-            grid = trajectory.frames(model, guided(model, judge, options, w), y, images)
+            field = make_field(model, judge, options, w)
+            grid = trajectory.frames(model, field, y, images)
         else:
             grid = by_label(images, rows)
         panels.append(titled(w, grid, trajectory))

@@ -915,12 +915,12 @@ def test_push_is_w_times_the_classifiers_gradient_within_its_interval():
     x = torch.randn(3, 1, 4, 4)
     y = torch.tensor([2, 7, 7])
     gradient = classifier_gradient(judge, x, 0.5, y)
-    push = sample.pushed(judge, SimpleNamespace(guidance="mean", interval=(0.2, 0.8)), 3.0)
+    push = sample.make_push(judge, SimpleNamespace(guidance="mean", interval=(0.2, 0.8)), 3.0)
     for t in (0.2, 0.5, 0.8):
         torch.testing.assert_close(push(x, t, y), 3 * gradient)
     for t in (0.1, 0.9):
         torch.testing.assert_close(push(x, t, y), gradient)
-    assert sample.pushed(judge, SimpleNamespace(guidance="cfg", interval=(0, 1)), 3.0) is None
+    assert sample.make_push(judge, SimpleNamespace(guidance="cfg", interval=(0, 1)), 3.0) is None
 
 
 @pytest.mark.parametrize("guides", [False, True])
