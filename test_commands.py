@@ -629,6 +629,15 @@ def test_resume_says_so_when_a_run_is_finished_or_another(run, unet, capsys):
     assert unet.read_bytes() == before
 
 
+def test_resume_takes_a_run_whose_diversity_was_added_up_by_more_threads(run, unet, capsys):
+    """It differs in its last bits then, though the data are the same, as their checksum says."""
+    saved = contents(unet)
+    saved["config"]["real_diversity"] *= 1 + 1e-7
+    torch.save(saved, unet)
+    assert run(f"{SHORT_UNET} --out {unet} --resume") == 0
+    assert "finished" in capsys.readouterr().out
+
+
 def test_resume_of_a_run_that_is_not_there_yet_says_so_and_begins(run, monkeypatch, capsys):
     """--resume may stand in a script from its first run on."""
     begun = []

@@ -231,7 +231,9 @@ def save(out, config, step, net, average, optimizers):
 def restore(out, config, net, average, optimizers):
     """Load a checkpoint of this very run into all three; returns its step. Raises BadInput."""
     saved = checkpoint.read(out, next(net.parameters()).device)
-    changed = [key for key in config if saved["config"].get(key) != config[key]]
+    # not real_diversity: it is of the data, as the checksum is, and its last bits of the threads
+    asked = [key for key in config if key != "real_diversity"]
+    changed = [key for key in asked if saved["config"].get(key) != config[key]]
     if changed:
         raise BadInput(f"{out} has another {', '.join(changed)}: choose another --out")
     if saved["step"] < config["steps"]:
