@@ -1346,7 +1346,7 @@ def test_a_bug_after_reading_an_npz_is_not_bad_data(few, monkeypatch, where, wha
 
 @pytest.mark.parametrize("where, what", [
     (checkpoint, "is_config"), (UNet, "__init__"), (UNet, "forward"), (nn.Module, "eval"),
-    (torch.cuda, "is_available"), (sample, "guided"), (sample, "find_judge"), (picture, "png"),
+    (torch.cuda, "is_available"), (sample, "make_field"), (sample, "find_judge"), (picture, "png"),
     (sample, "to_bytes"),
 ])
 def test_a_bug_in_sampling_is_not_bad_input(run, unet, monkeypatch, where, what):
