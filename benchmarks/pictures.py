@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import picture                                                  # noqa: E402
-from command import BadInput, run                               # noqa: E402
+from command import BadInput, run, write_whole                  # noqa: E402
 from measures import Measures                                   # noqa: E402
 from quality import sampled                                     # noqa: E402
 
@@ -111,19 +111,22 @@ def curves(folder, scales=(0, 0.5, 1, 1.5, 2, 3, 5, 8), n=500):
     return np.hstack(panels)
 
 
+SAMPLED = {"strip": strip, "away": away, "curves": curves}
+
+
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("part", choices=("strip", "away", "loss", "curves"))
+    p.add_argument("part", choices=("loss", *SAMPLED))
     p.add_argument("log", nargs="?", default="LOG", help="of loss: what train.py printed")
     options = p.parse_args()
     if options.part == "loss":
         image = loss(options.log)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            draw = {"strip": strip, "away": away, "curves": curves}[options.part]
+            draw = SAMPLED[options.part]
             image = draw(folder)
-    (ROOT / f"figures/{options.part}.png").write_bytes(picture.png(image))
+    write_whole(ROOT / f"figures/{options.part}.png", picture.png(image))
 
 
 if __name__ == "__main__":

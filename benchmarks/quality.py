@@ -55,7 +55,7 @@ def show_real(measures, labels, **slow):
 
 
 def calls(folder, measures, n):
-    """Quality against network calls. A step of Heun is two calls, its last one."""
+    """Quality against network calls. A step of Heun is two calls, the last step one."""
     show_real(measures, torch.arange(n) % 10, apart=False)
     for sampler in ("euler", "heun", "em"):
         for budget in (5, 10, 20, 50, 100, 200):
