@@ -45,25 +45,16 @@ def noise_of(seed, ids, shape):
     return randn
 
 
-def generate(field, y, shape, seed, sampler, steps, options, t0=0.0, watch=ignore):
+def generate(simulate, y, shape, seed):
     """Samples, chunk by chunk: yields x at t = 1, (B, *shape), for the next B of the labels y (N,).
 
-    field(x, t, y) -> u. options: what the sampler takes beside its usual arguments; its functions
-    take y as well. Sample i is made of random numbers of (seed, i) alone, whatever N and CHUNK.
+    simulate(noise, y, randn) -> x, any sampler with its field. Sample i is made of random numbers
+    of (seed, i) alone, whatever N and CHUNK.
     """
-    simulate, takes = SAMPLERS[sampler]
     for ids in torch.arange(len(y)).split(CHUNK):
-        labels = y[ids]
         randn = noise_of(seed, ids.tolist(), shape)
-        given = dict(options)
-        if "randn" in takes:
-            given["randn"] = randn
-        for name in ("corrector", "push"):
-            if name in options:                 # a function (x, t, y) -> ...; y is this chunk's
-                given[name] = partial(options[name], y=labels)
-        field_of_labels = partial(field, y=labels)
         noise = randn(y)                        # on the device of y
-        yield simulate(field_of_labels, x=noise, steps=steps, t0=t0, watch=watch, **given)
+        yield simulate(noise, y[ids], randn)
 
 
 class Trajectory:
@@ -361,26 +352,33 @@ def labels_of(options):
     return y, min(rows, n)
 
 
-def sampler_options(options, path, corrector, push):
-    """What the chosen sampler takes beside its usual arguments, randn apart."""
-    _, takes = SAMPLERS[options.sampler]
-    given = dict(path=path, sigma=options.sigma, noise=options.noise, corrector=corrector,
-                 corrections=options.corrections, push=push)
-    return {name: value for name, value in given.items() if name in takes and value is not None}
-
-
-def drawn(model, judge, options, w, y, t0, trajectory):
-    """Samples of the labels y (N,) at scale w, as images (N, 32, 32) uint8. Raises BadInput."""
+def make_simulate(model, judge, options, w, t0, watch):
+    """simulate(noise, y, randn) -> x at t = 1, by --sampler and the options that it takes."""
+    sampler, takes = SAMPLERS[options.sampler]
     towards_w = make_field(model, judge, options, w)
     field = towards_w
     if options.sampler == "pc":                 # predicts with u_t(x|y), corrects towards w
         field = make_field(model, judge, options, 1.0)
     push = make_push(judge, options, w)
-    given = sampler_options(options, model.path, towards_w, push)
+
+    def simulate(noise, y, randn):
+        given = dict(path=model.path, randn=randn, sigma=options.sigma, noise=options.noise,
+                     corrections=options.corrections, corrector=partial(towards_w, y=y))
+        if push is not None:
+            given["push"] = partial(push, y=y)
+        given = {name: value for name, value in given.items()
+                 if name in takes and value is not None}
+        return sampler(partial(field, y=y), x=noise, steps=options.steps, t0=t0, watch=watch,
+                       **given)
+    return simulate
+
+
+def drawn(model, judge, options, w, y, t0, trajectory):
+    """Samples of the labels y (N,) at scale w, as images (N, 32, 32) uint8. Raises BadInput."""
     steps = math.ceil(len(y) / CHUNK) * options.steps
     progress = Progress(w, steps, trajectory.watch if trajectory else ignore)
-    samples = generate(field, y, model.shape(), options.seed, options.sampler, options.steps,
-                       given, t0, progress.watch)
+    simulate = make_simulate(model, judge, options, w, t0, progress.watch)
+    samples = generate(simulate, y, model.shape(), options.seed)
     try:
         return images_of(model, samples)
     finally:

@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 import guides                                                   # noqa: E402
 import measures                                                 # noqa: E402
 from cfg_min import NULL, ddim, euler, guided_field             # noqa: E402
+from command import BadInput                                    # noqa: E402
 from oracle import Mixture                                      # noqa: E402
 from paths import CondOT                                        # noqa: E402
 
@@ -341,6 +342,8 @@ def test_real_digits_stand_in_the_order_of_the_labels():
     labels = torch.tensor([1, 0, 1])
     assert measures.real_like(labels, x, y)[:, 0].tolist() == [1, 0, 2]
     assert measures.real_like(labels, x, y, skip=1)[:, 0].tolist() == [2, 3, 4]
+    with pytest.raises(BadInput, match="too few real digits 1"):
+        measures.real_like(labels, x, y, skip=2)
 
 
 def test_the_test_digits_are_as_good_as_digits_can_be(monkeypatch, tmp_path):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 import oracle
-from cfg_min import (NULL, cfg_cfm_loss, euler, guide, guided_field, langevin,
+import sample
+from cfg_min import (NULL, cfg_cfm_loss, euler, guide, guided_field, ignore, langevin,
                      predictor_corrector)
 from oracle import TRIANGLE, TWO, moments, tilted_moments
 from paths import PATHS, CondOT
@@ -312,14 +313,14 @@ def test_samples_move_away_from_the_label_and_not_from_the_third():
 # ---------------------------------------------------------------- the command
 
 def test_sample_py_corrects_with_the_guided_field_of_each_sample_s_label():
-    """generate(..., "pc") is predictor_corrector; sample i depends on (seed, i) alone."""
+    """--sampler pc is predictor_corrector; sample i depends on (seed, i) alone."""
     net = MIX.net(CondOT())
-
-    def guided(x, t, y):
-        return guided_field(net, x, t, y, 3.0)
+    guided = partial(guided_field, net, w=3.0)
     y = torch.arange(250) % 3                               # more than two chunks
-    options = dict(path=CondOT(), corrector=guided, corrections=2)
-    made = torch.cat(list(generate(net, y, (2,), 0, "pc", 5, options)))
+    options = sample.parse("--w 3 --sampler pc --corrections 2 --steps 5".split())
+    model = SimpleNamespace(net=net, path=CondOT())
+    simulate = sample.make_simulate(model, None, options, 3.0, 0.0, ignore)
+    made = torch.cat(list(generate(simulate, y, (2,), seed=0)))
     some = torch.tensor([0, 120, 249])
     randn = noise_of(0, some.tolist(), (2,))
     wanted = predictor_corrector(partial(net, y=y[some]), partial(guided, y=y[some]), randn(y), 5,

@@ -178,6 +178,8 @@ class Progress:
     def check(self, out):
         """Raise BadInput if a loss since the last line was not finite."""
         if not torch.as_tensor(self.total).isfinite():
+            if self.terminal:
+                say(in_place(""), end="")
             raise BadInput(f"loss not finite at step {self.done}: lower --lr; {out} is kept")
 
     def show(self, last):

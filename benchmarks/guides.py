@@ -14,13 +14,14 @@ Shapes: cond, uncond, x and u are (B, ...), all alike.
 """
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from cfg_min import NULL, guide                                 # noqa: E402
+from cfg_min import NULL, euler, guide                                 # noqa: E402
 from checkpoint import pick_device                              # noqa: E402
 from command import BadInput, number, run                       # noqa: E402
 from measures import Measures                                   # noqa: E402
@@ -176,8 +177,11 @@ def rows_of(net, weak, h):
 
 def draw(model, field, labels, steps):
     """Images (N, 1, 32, 32) uint8 of labels (N,), by Euler's method, always from the same noise."""
+    def simulate(noise, y, randn):
+        return euler(partial(field, y=y), noise, steps)
+
     images = []
-    for x in generate(field, labels, model.shape(), 0, "euler", steps, {}):
+    for x in generate(simulate, labels, model.shape(), 0):
         images.append(model.to_images(x))
     return torch.cat(images)[:, None].cpu()
 

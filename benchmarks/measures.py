@@ -24,6 +24,7 @@ import torch.nn.functional as F
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import mnist                                                    # noqa: E402
+from command import BadInput, run                               # noqa: E402
 
 JUDGE = HERE / "judge.pt"       # kept after the first run
 
@@ -140,11 +141,17 @@ def told_apart(samples, real, steps=500, batch=100):
 
 
 def real_like(labels, x, y, skip=0):
-    """Real digits of these labels (N,), from x of labels y; the first skip of each left out."""
+    """Real digits of these labels (N,), from x of labels y; the first skip of each left out.
+
+    Raises BadInput.
+    """
     images = torch.empty(len(labels), *x.shape[1:], dtype=x.dtype)
     for label in labels.unique():
         places = (labels == label).nonzero()[:, 0]
-        images[places] = x[y == label][skip:skip + len(places)]
+        chosen = x[y == label][skip:skip + len(places)]
+        if len(chosen) < len(places):
+            raise BadInput(f"too few real digits {label}: measure fewer samples")
+        images[places] = chosen
     return images
 
 
@@ -222,4 +229,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))

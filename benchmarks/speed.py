@@ -10,6 +10,7 @@ import resource
 import statistics
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import mnist                                                    # noqa: E402
-from cfg_min import NULL, guided_field                          # noqa: E402
+from cfg_min import NULL, euler, guided_field                   # noqa: E402
 from checkpoint import (LATENT_OPTIONS, LATENT_SHAPE, NETS, PIXELS_SHAPE, autocast,     # noqa: E402
                         pick_device, vector_field)
 from sample import generate                                     # noqa: E402
@@ -104,11 +105,11 @@ def sampling(case, n=200, steps=10):
     net = Timed(case)
     y = torch.arange(n, device=DEVICE) % 10
 
-    def field(x, t, y):
-        return guided_field(net, x, t, y, 3.0)
+    def simulate(noise, y, randn):
+        return euler(partial(guided_field, net, y=y, w=3.0), noise, steps)
 
     began = time.perf_counter()
-    for x in generate(field, y, case.shape, 0, "euler", steps, {}):
+    for x in generate(simulate, y, case.shape, 0):
         mnist.to_bytes(x)
     seconds = time.perf_counter() - began
     return 2 * steps * n / seconds, net.seconds / seconds
