@@ -36,7 +36,10 @@ SAMPLERS = {    # what each takes beside (field, x, steps, t0, watch)
 # ---------------------------------------------------------------- sampling
 
 def noise_of(seed, ids, shape):
-    """randn(like): at each call the next noise (B, *shape); sample i's stream is of (seed, i)."""
+    """randn(like): at each call the next noise (B, *shape), on the device of like.
+
+    Each sample has a stream of its own, that of i is seeded with (seed, i).
+    """
     generators = [np.random.default_rng([seed, i]) for i in ids]
 
     def randn(like):
@@ -53,7 +56,7 @@ def generate(simulate, y, shape, seed):
     """
     for ids in torch.arange(len(y)).split(CHUNK):
         randn = noise_of(seed, ids.tolist(), shape)
-        noise = randn(y)                        # on the device of y
+        noise = randn(like=y)
         yield simulate(noise, y[ids], randn)
 
 
@@ -62,7 +65,7 @@ class Trajectory:
 
     def __init__(self, steps, t0):
         starts = [t for t, _ in times(steps, t0)]
-        self.moments = []                                   # the end for those after the last step
+        self.moments = []                                   # 1.0 where no step starts later
         for k in range(FRAMES - 1):
             later = [t for t in starts if t > k / (FRAMES - 1) - 1e-6]
             self.moments.append(min(later, default=1.0))

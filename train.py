@@ -32,6 +32,7 @@ TIMES = {                                       # mean and std of logit(t): wher
     "latent": (0.0, 1.0),                       # the label is decided later there
 }
 LATE = 0.4, 0.97                                # t where the pixels are decided
+LATE_FROM = 800                                 # the first step that may look there
 
 
 # ---------------------------------------------------------------- one step
@@ -54,12 +55,13 @@ def draw_times(config, n, step, device):
     """t (n,), logit-normal: most where the label is decided.
 
     Late in a run samples differ from digits in the grey of single pixels, which the field near
-    t = 1 decides. So after two thirds of it, and 800 steps, half of t are uniform in LATE.
+    t = 1 decides. So from two thirds of it on, half of t are uniform in LATE: not in latents, and
+    not before step LATE_FROM, as a short run has still to learn what decides the label.
     """
     if config["latent"]:
         return logit_normal(n, *TIMES["latent"], device)
     t = logit_normal(n, *TIMES[config["predict"]], device)
-    if step < max(800, 2 / 3 * config["steps"]):
+    if step < max(LATE_FROM, 2 / 3 * config["steps"]):
         return t
     low, high = LATE
     late = low + (high - low) * torch.rand(n, device=device)
@@ -233,7 +235,7 @@ def save(out, config, step, net, average, optimizers):
 def restore(out, config, net, average, optimizers):
     """Load a checkpoint of this very run into all three; returns its step. Raises BadInput."""
     saved = checkpoint.read(out, next(net.parameters()).device)
-    # not real_diversity: it is of the data, as the checksum is, and its last bits of the threads
+    # not real_diversity: the checksum stands for it, and its last bits vary with the threads
     asked = [key for key in config if key != "real_diversity"]
     changed = [key for key in asked if saved["config"].get(key) != config[key]]
     if changed:
@@ -358,11 +360,11 @@ def parse(argv=None):
         help=".npz, or a folder of IDX files: images of 28x28, labels of 0 to 9")
     add("--path", choices=PATHS, default="condot", help="probability path (condot)")
     add("--predict", choices=("z", "u", "eps"),
-        help="what the output is (z; of --latent u); z and u learn by the CFM loss, eps by DSM")
+        help="what the output is (z; with --latent u); z and u learn by the CFM loss, eps by DSM")
     add("--latent", metavar="VAE.pt", help="train in this autoencoder's latent space")
     add("--out", metavar="FILE.pt", help="runs/<arch>.pt or runs/latent_<arch>.pt")
     add("--resume", action="store_true", help="go on from --out")
-    add("--save-every", type=many, default=500, metavar="N", help="steps (500)")
+    add("--save-every", type=many, default=500, metavar="N", help="save every N steps (500)")
     add("--device", help="as torch names it: cpu, cuda, mps (cuda where there is one, else cpu)")
     options = p.parse_args(argv)
     if options.latent and options.arch not in LATENT_OPTIONS:
