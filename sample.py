@@ -369,6 +369,7 @@ def make_simulate(model, judge, options, w, t0, watch):
                      corrections=options.corrections, corrector=partial(towards_w, y=y))
         if push is not None:
             given["push"] = partial(push, y=y)
+        # None is not given: the sampler's own default stands
         given = {name: value for name, value in given.items()
                  if name in takes and value is not None}
         return sampler(partial(field, y=y), x=noise, steps=options.steps, t0=t0, watch=watch,

@@ -654,6 +654,15 @@ def test_resume_of_a_run_that_is_not_there_yet_says_so_and_begins(run, monkeypat
     assert begun == [False, True]
 
 
+def test_the_line_of_progress_is_wiped_before_an_error(capsys):
+    progress = train.Progress(0, dict(steps=5, batch=1))
+    progress.terminal = True
+    progress.add(torch.tensor(torch.inf))
+    with pytest.raises(BadInput, match="not finite at step 1"):
+        progress.check("a.pt")
+    assert capsys.readouterr().out == "\r\033[K"
+
+
 def test_the_line_of_progress_says_how_fast_and_how_long(monkeypatch, capsys):
     """20 of 50 steps of 8 images in 10 s: 16 images/s, and 15 s for the other 30."""
     now = SimpleNamespace(time=lambda: 100.0)

@@ -181,7 +181,7 @@ class Progress:
         """Raise BadInput if a loss since the last line was not finite."""
         if not torch.as_tensor(self.total).isfinite():
             if self.terminal:
-                say(in_place(""), end="")
+                say(in_place(""), end="")       # the error stands on a line of its own
             raise BadInput(f"loss not finite at step {self.done}: lower --lr; {out} is kept")
 
     def show(self, last):

@@ -21,7 +21,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from cfg_min import NULL, euler, guide                                 # noqa: E402
+from cfg_min import NULL, euler, guide                          # noqa: E402
 from checkpoint import pick_device                              # noqa: E402
 from command import BadInput, number, run                       # noqa: E402
 from measures import Measures                                   # noqa: E402
