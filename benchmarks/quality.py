@@ -22,6 +22,7 @@ from measures import Measures, read_samples, show, show_names
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import command                                                  # noqa: E402
 from train import RECIPES                                       # noqa: E402
 
 GUIDED = 500    # samples at w = 3
@@ -30,8 +31,8 @@ MINUTE = 220    # steps of training that take about a minute on two cores
 
 def run(script, *options):
     """Run a command of the project; returns what it printed."""
-    command = [sys.executable, ROOT / script, *map(str, options)]
-    done = subprocess.run(command, capture_output=True, text=True)
+    arguments = [sys.executable, ROOT / script, *map(str, options)]
+    done = subprocess.run(arguments, capture_output=True, text=True)
     if done.returncode:
         sys.exit(f"{script} {options}: {done.stderr}")
     return done.stdout
@@ -106,6 +107,7 @@ def time_to_quality(folder, measures, n, seeds=3):
 
     The networks stay in runs/time_*.pt.
     """
+    show_real(measures, torch.arange(n) % 10)
     for steps in (MINUTE, RECIPES["unet"]["steps"]):
         rows = []
         for seed in range(seeds):
@@ -132,7 +134,8 @@ def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("part", choices=PARTS)
-    p.add_argument("--n", type=int, default=1000, help="samples a measurement (1000)")
+    many = command.number(int, 1, 1e9)
+    p.add_argument("--n", type=many, default=2000, help="samples a measurement (2000)")
     options = p.parse_args()
     measures = Measures()
     with tempfile.TemporaryDirectory() as folder:
@@ -141,4 +144,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(command.run(main))
