@@ -1,7 +1,8 @@
 """Classifier-free guidance, whole: losses, the guidance rule, guided fields, samplers.
 
 Copy this file: it works alone. A path (paths.py, or yours) is an argument. "Lecture 4" is
-000_9a64053bb9e2e45b.txt; paths.py introduces x, z, eps, u and the score.
+000_9a64053bb9e2e45b.txt, one of the notes that README.md names; paths.py introduces x, z, eps, u
+and the score.
 
 The aim: images of class y, and more decidedly so than the data are. One network u_t(x|y) learns to
 be conditional and unconditional at once: while it trains, y becomes NULL with probability eta, so
@@ -45,10 +46,10 @@ def cfg_cfm_loss(net, path, z, y, eta=0.1, t=None):
 
 
 def cfg_dsm_loss(net, path, z, y, eta=0.1):
-    """E || eps_theta(x|y) - eps ||^2: DDPM's L_simple (003_da10c6c8947a0fc6.txt), labels dropped.
+    """E || eps_theta(x|y) - eps ||^2: DDPM's L_simple (003_da10c6c8947a0fc6.txt), y as above.
 
-    net(x, t, y) -> eps. As score = -eps / beta_t, it is L_DSM^CFG (002_49842480371d0be4.txt) with
-    the weight beta_t^2 under its E.
+    net(x, t, y) -> eps. As score = -eps / beta_t, an error of eps is beta_t times that of the
+    score: this is L_DSM^CFG (002_49842480371d0be4.txt), each t weighted by beta_t^2.
     """
     y = drop_labels(y, eta)
     t = torch.rand(len(z), device=z.device)
@@ -74,9 +75,9 @@ def logit_normal(n, mean, std, device=None):
 
 # ---------------------------------------------------------------- what a network predicts
 #
-# u, or eps, or z: paths.py turns each into u, so the choice is free. An error of eps becomes one of
-# u, D/alpha times as large: much while t is small; an error of z, D/beta times: much near t = 1.
-# Data lie between low and high, and so does E[z|x]: z is held there, as Ho et al. 2020 hold it.
+# u, or eps, or z: paths.py turns each into u, so the choice is free. But errors grow on the way:
+# that of eps by D/alpha, which is large while t is small, that of z by D/beta, large near t = 1.
+# Data lie between low and high, and so does E[z|x]: z is held (clamped) there; Ho et al. 2020.
 
 def held(z, low, high):
     """z within [low, high]; the gradient passes as if it were not held, so that what lies outside
@@ -85,9 +86,10 @@ def held(z, low, high):
 
 
 def u_from_z(net, path, low=-math.inf, high=math.inf, last_t=0.999):
-    """A network that predicts z, as a vector field net(x, t, y) -> u = (D z + beta' x) / beta.
+    """net(x, t, y) -> z as a vector field: returns field(x, t, y) -> u = (D z + beta' x) / beta.
 
-    After last_t, where beta goes to 0, the formula's t stands still: a solver may ask at t = 1.
+    beta is 0 at t = 1, where a solver may ask: after last_t the formula uses last_t. net gets the
+    true t.
     """
     def field(x, t, y):
         z = held(net(x, t, y), low, high)
@@ -97,9 +99,10 @@ def u_from_z(net, path, low=-math.inf, high=math.inf, last_t=0.999):
 
 
 def u_from_eps(net, path, low, high, first_t=0.001):
-    """A network that predicts eps, as a vector field net(x, t, y) -> u, by the z that it implies.
+    """net(x, t, y) -> eps as a vector field: eps gives z = (x - beta eps) / alpha, and z, held, u.
 
-    Before first_t, where alpha goes to 0 and eps says nothing of z, the formula's t stands still.
+    alpha goes to 0 at t = 0, where an error of eps is an error of z without bound: so z has to be
+    held here, and before first_t the formula uses first_t.
     """
     def implied_z(x, t, y):
         eps = net(x, t, y)
@@ -115,6 +118,8 @@ def guide(cond, uncond, w):
     """Classifier-free guidance: (1 - w) u_t(x|null) + w u_t(x|y).
 
     Any two predictions of one kind (u, score, eps or z), same shape; w = 1 is cond, w = 0 uncond.
+    For all kinds it is the same guidance: at a given x, t each is a x + b times another, and the
+    weights 1 - w and w add to 1.
     Lecture 4, "Classifier-free guidance"; Ho & Salimans 2022, eq. 6, whose w is ours minus 1.
     """
     return uncond + w * (cond - uncond)
@@ -123,9 +128,10 @@ def guide(cond, uncond, w):
 def guided_field(net, x, t, y, w, away_from=NULL):
     """The field of Lecture 4, Algorithm 8: one call of net on 2B, or on B alone for w = 0 or 1.
 
-    Or guidance away from a label y', which takes the place of null. By Bayes' rule, twice,
-    grad log p_t(x|y) - grad log p_t(x|y') = grad log p_t(y|x) - grad log p_t(y'|x): what is added
-    to u_t(x|y), w - 1 times this, makes y more probable and y' less. w = 0 is then u_t(x|y').
+    With away_from a label y', this takes the place of null, and the field is
+    u_t(x|y) + (w - 1) (u_t(x|y) - u_t(x|y')). As u = a_t x + b_t score, and by Bayes' rule for y
+    and for y', the difference is b_t (grad log p_t(y|x) - grad log p_t(y'|x)): it makes y more
+    probable and y' less. w = 0 is then u_t(x|y').
     """
     t = torch.as_tensor(t, dtype=x.dtype, device=x.device).expand(len(x))
     other = torch.full_like(y, away_from)
@@ -152,7 +158,8 @@ def classifier_gradient(classifier, x, t, y):
 def classifier_guided_field(net, classifier, path, x, t, y, w):
     """u_t(x|null) + w b_t grad log p_t(y|x); Lecture 4, "guidance with classifier"; alpha_t > 0.
 
-    As a u, the corrected eps of the second "Guided sampling" in 003_da10c6c8947a0fc6.txt.
+    b_t is that of u = a_t x + b_t score. The second "Guided sampling" in 003_da10c6c8947a0fc6.txt
+    is the same: there eps is corrected, by -w beta_t grad log p_t(y|x).
     """
     null = torch.full_like(y, NULL)
     _, b = path.a_b(t, x)
@@ -161,7 +168,7 @@ def classifier_guided_field(net, classifier, path, x, t, y, w):
 
 # ---------------------------------------------------------------- samplers
 #
-# All go from noise x at t0 to a sample at t = 1, in equal steps from t to s = t + h.
+# All but langevin go from noise x at t0 to a sample at t = 1, in equal steps from t to s = t + h.
 # field(x, t) -> u is any field above, its y and w filled in. t0 > 0 is for a field that is 0/0 at
 # alpha = 0. randn(x) is noise of the shape of x. watch(t, x) sees x before each step.
 
@@ -172,7 +179,7 @@ def ignore(t, x):
 def times(steps, t0=0.0):
     """The steps, as pairs (t, s)."""
     ts = [t0 + (1 - t0) * k / steps for k in range(steps)]
-    return pairwise([*ts, 1.0])
+    return pairwise([*ts, 1.0])                 # exactly 1, not nearly: samplers ask if s < 1
 
 
 def euler(field, x, steps, t0=0.0, watch=ignore):
@@ -202,9 +209,10 @@ def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, randn=torch.randn_
     """dX = [u + sigma_t^2/2 score] dt + sigma_t dW; 002_49842480371d0be4.txt, "Sampling Algorithm".
 
     As score = -eps / beta_t, the drift is u - k_t eps with k_t = sigma_t^2 / (2 beta_t).
-    sigma None chooses k_t = 1, which is singular nowhere (on CondOT sigma_t = sqrt(2 (1 - t)) and
-    the drift is (1 + t) u - x); a number is sigma_t itself. sigma_t is at most beta_s / sqrt(h):
-    a step must not put in more noise, of variance h sigma_t^2, than the path has left, beta_s^2.
+    sigma = None: k_t = 1, so sigma_t = sqrt(2 beta_t), and nothing is infinite at t = 1.
+    sigma a number: sigma_t is this number at all t.
+    Either is cut to beta_s / sqrt(h), in the noise and in the drift: a step adds noise of variance
+    h sigma_t^2, and all the noise that x_s should have is of variance beta_s^2.
     """
     for t, s in times(steps, t0):
         watch(t, x)
@@ -225,12 +233,16 @@ def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, randn=torch.randn_
 
 def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_like,
          watch=ignore):
-    """X_s = mean + sigma xi, mean = alpha_s z + sqrt(beta_s^2 - sigma^2) eps, z and eps those of t.
+    """X_s = mean + sigma xi, mean = alpha_s z + sqrt(beta_s^2 - sigma^2) eps, xi ~ N(0, I).
 
-    noise = 0 is DDIM, on CondOT exactly Euler. noise = 1 is DDPM's ancestral sampler: sigma^2 is
-    beta~, the variance of q(x_s|x_t, z). Song, Meng & Ermon 2021 (DDIM), eq. 12 and 16.
-    push(mean, s) -> w grad log p_s(y|mean) is classifier guidance step by step: sigma^2 times it is
-    added to the mean; first "Guided sampling" of 003_da10c6c8947a0fc6.txt, which prints sigma.
+    z and eps are those that the field implies at (x, t). noise scales sigma:
+    0 is DDIM, without new noise, on CondOT exactly Euler;
+    1 is DDPM's ancestral sampler, whose sigma^2 is beta~, the variance of q(x_s|x_t, z).
+    Song, Meng & Ermon 2021 (DDIM), eq. 12 and 16 (noise is their eta).
+
+    push(mean, s) -> w grad log p_s(y|mean) is classifier guidance of each step: sigma^2 push is
+    added to the mean, nothing for noise = 0; 003_da10c6c8947a0fc6.txt, first "Guided sampling",
+    which prints sigma for sigma^2.
     """
     for t, s in times(steps, t0):
         watch(t, x)
@@ -257,7 +269,7 @@ def langevin(field, x, t, path, steps, randn=torch.randn_like):
     that has this score.
 
     h = beta_t^2 / 10, so that h score = (alpha_t E[z|x] - x) / 10 is a tenth of the way to where x
-    would be without its noise: never large, though the score is near t = 1; and h -> 0 with beta_t.
+    would be without its noise. So no step is large, though near t = 1 the score itself is.
     """
     _, beta, _, _ = path.at(t, x)
     h = beta**2 / 10
@@ -271,10 +283,11 @@ def predictor_corrector(field, corrector, x, steps, path, corrections=1, t0=0.0,
                         randn=torch.randn_like, watch=ignore):
     """Euler's step on field, then Langevin steps with the score of corrector at the new time.
 
-    With u_t(x|y) as field and the guided field as corrector, the samples come near the tilted law
-    p_t(x|y)^w p_t(x)^(1-w), whose score the guided field has and whose samples it does not give;
-    the nearer, the more corrections and steps. Bradley & Nakkiran 2024; Song et al. 2021 (SDE),
-    section 4.2.
+    Both are fields (x, t) -> u. For guidance field is u_t(x|y), and corrector the guided field,
+    which has, at each t, the score of the tilted law p_t(x|y)^w p_t(x)^(1-w). Euler on the guided
+    field does not end in the tilted law, as its flow does not carry that of t into that of s
+    (oracle.py shows it). Langevin steps at s lead there: the nearer, the more corrections and
+    steps. Bradley & Nakkiran 2024; Song et al. 2021 (SDE), section 4.2.
     """
     for t, s in times(steps, t0):
         watch(t, x)

@@ -69,6 +69,7 @@ def is_config(value):
     """Whether this is the config of a network that can be built here."""
     if not has_keys(value, CONFIG_KEYS):
         return False
+    # list: what a damaged file has may not hash
     if value["arch"] not in list(NETS) or value["path"] not in list(PATHS):
         return False
     if not isinstance(value["net"], dict):
@@ -103,10 +104,11 @@ def load(file, device="cpu"):
 def vector_field(net, config):
     """net(x, t, y) -> u of a network that predicts what config says: u, eps or z."""
     path = PATHS[config["path"]]
-    high = 4.0 if config["latent"] else 1.0     # of pixels; latents have variance 1
-    if config["predict"] == "z":                # below alone: held at 1, all white would be 255
+    # bounds of z: pixels lie in [-1, 1], latents, of variance 1, hardly beyond 4
+    high = 4.0 if config["latent"] else 1.0
+    if config["predict"] == "z":                # not from above: pixels near white would all be 255
         return u_from_z(net, path, low=-high)
-    if config["predict"] == "eps":
+    if config["predict"] == "eps":              # both, as an eps may imply any z
         return u_from_eps(net, path, -high, high)
     return net
 

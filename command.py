@@ -1,4 +1,4 @@
-"""What both commands share: errors in one line, checked numbers, progress, whole files."""
+"""What train.py and sample.py share: errors in one line, checked numbers, progress, whole files."""
 import argparse
 import glob
 import os
@@ -12,7 +12,7 @@ class BadInput(ValueError):
 
 
 def run(main):
-    """main()'s exit status; bad input or a refusing disk is one line and 2, Ctrl-C is 130."""
+    """main()'s exit status; bad input or an OSError is one line and 2, Ctrl-C is 130."""
     try:
         return main()
     except KeyboardInterrupt:

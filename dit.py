@@ -30,8 +30,8 @@ def unpatchify(tokens, p, shape):
 
 def positions(n, D):
     """Fixed sin-cos positions on an n x n grid, (n n, D): half of D is the row, half the column."""
-    wavelengths = 100 ** torch.linspace(0, 1, D // 4)
-    angles = torch.arange(n)[:, None] / wavelengths         # (n, D/4)
+    scales = 100 ** torch.linspace(0, 1, D // 4)            # up to 100: a grid is short
+    angles = torch.arange(n)[:, None] / scales              # (n, D/4)
     line = torch.cat([angles.sin(), angles.cos()], dim=1)   # (n, D/2)
     rows = line.repeat_interleave(n, 0)         # 0 0 0 1 1 1 ...
     columns = line.repeat(n, 1)                 # 0 1 2 0 1 2 ...

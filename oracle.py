@@ -44,7 +44,9 @@ class Mixture:
         y = torch.arange(NULL + 1)
         outside = (y != self.label[:, None]) & (y != NULL)
         weight = self.weight[:, None].masked_fill(outside, 0)           # (K, 11)
-        self.log_weight = (weight / weight.sum(dim=0)).log()            # of k within class y
+        # log p(k|y), and for NULL log p(k); -inf where k is of another class, nan in columns of
+        # labels that no k has
+        self.log_weight = (weight / weight.sum(dim=0)).log()            # (K, 11)
 
     def offset_and_var(self, path, x, t):
         """x - alpha mu_k (K, B, D), and var_k (K, B, 1)."""
@@ -54,9 +56,9 @@ class Mixture:
         return offset, var
 
     def log_joint(self, offset, var, y):
-        """log(weight_k p_t(x|k)) within class y, (K, B); -inf where k is of another class."""
-        log_p = -(offset**2 / var + (2 * math.pi * var).log()) / 2      # (K, B, D)
-        return self.log_weight.to(offset)[:, y] + log_p.sum(dim=2)
+        """log p_t(x, k|y) = log p(k|y) + log p_t(x|k), (K, B); -inf where k is of another class."""
+        log_p_k = -(offset**2 / var + (2 * math.pi * var).log()) / 2    # (K, B, D)
+        return self.log_weight.to(offset)[:, y] + log_p_k.sum(dim=2)
 
     def log_p(self, path, x, t, y):
         """log p_t(x|y), (B,)."""
@@ -64,13 +66,14 @@ class Mixture:
         return self.log_joint(offset, var, y).logsumexp(dim=0)
 
     def p(self, offset, var, y):
-        """p_t(k|x, y), (K, B, 1): the weights of all means over the components."""
+        """p_t(k|x, y), (K, B, 1): the weights of all means over the components; log_p is of x."""
         return self.log_joint(offset, var, y).softmax(dim=0)[:, :, None]
 
     def score(self, path, x, t, y):
         """grad log p_t(x|y): the mean of the components' scores, -offset_k / var_k."""
         offset, var = self.offset_and_var(path, x, t)
-        return (self.p(offset, var, y) * -offset / var).sum(dim=0)
+        scores = -offset / var                                  # (K, B, D)
+        return (self.p(offset, var, y) * scores).sum(dim=0)
 
     def data_and_eps(self, path, x, t, y):
         """E[z|x, y] and E[eps|x, y], each (B, D).
@@ -79,8 +82,8 @@ class Mixture:
         """
         offset, var = self.offset_and_var(path, x, t)
         alpha, beta, _, _ = path.at(t, x)                       # (B, 1)
-        variance = self.std.to(x)[:, None, None]**2             # (K, 1, 1)
-        data = self.mu.to(x)[:, None] + alpha * variance / var * offset
+        std = self.std.to(x)[:, None, None]                     # (K, 1, 1)
+        data = self.mu.to(x)[:, None] + alpha * std**2 / var * offset
         eps = beta / var * offset
         p = self.p(offset, var, y)
         return (p * data).sum(dim=0), (p * eps).sum(dim=0)
@@ -129,9 +132,11 @@ def tilted(mixture, y, w, grid):
     """The law p(.|y)^w p^(1-w) on the points of a grid (N, D), of sum 1: (N,) float64."""
     given = torch.full((len(grid),), y)
     anything = torch.full((len(grid),), NULL)
+    # at t = 1 p_t is the law of the data
     log_p_y = mixture.log_p(CondOT(), grid.double(), 1.0, given)
     log_p = mixture.log_p(CondOT(), grid.double(), 1.0, anything)
-    return guide(log_p_y, log_p, w).softmax(dim=0)
+    log_tilted = guide(log_p_y, log_p, w)       # w log p(.|y) + (1 - w) log p
+    return log_tilted.softmax(dim=0)            # exp, divided by its sum
 
 
 def tilted_moments(mixture, y, w):
@@ -144,14 +149,16 @@ def tilted_moments(mixture, y, w):
 
 
 def best_mixture_moments(mean):
-    """Mean and std of that mixture of p(.|y), mean 1, and p, mean 0, whose mean is nearest."""
-    share = min(max(mean, 0), 1)                # of p(.|y); both have E[x^2] = 1.25
-    return share, math.sqrt(1.25 - share**2)
+    """Mean and std of the mixture of p(.|y), of mean 1, and p, of mean 0, that comes nearest to the
+    given mean."""
+    share = min(max(mean, 0), 1)                # of p(.|y), so it is the mixture's mean
+    return share, math.sqrt(1.25 - share**2)    # both laws have E[x^2] = 1 + 0.5^2
 
 
 def table(scales=(0, 1, 2, 3, 5, 8), n=4000, steps=100):
-    """What w does, exactly: rows of w and (mean, std) of guided samples and of the laws that they
-    are said to follow: ODE, SDE, predictor-corrector, tilted law, best mixture."""
+    """What w does, exactly: rows of w and (mean, std) of guided samples, by ODE, SDE and predictor-
+    corrector, and of the laws that they are said to follow: the tilted law, and the mixture of
+    002_49842480371d0be4.txt."""
     torch.manual_seed(0)
     path = CondOT()
     net = TWO.net(path)
@@ -192,7 +199,8 @@ def grey(density):
 
 
 def over_time(w, n=20000):
-    """p_t of the guided samples of TWO, y = +1: a column for each t, then the tilted law.
+    """p_t of the guided samples of TWO, y = +1: a column for each t, then, after a gap, the tilted
+    law; the most of each column is white.
 
     The noise stands at the n quantiles of N(0, 1), so that the histograms have no grain.
     """
@@ -203,16 +211,18 @@ def over_time(w, n=20000):
         columns.append(column / column.max())
     guided = partial(guided_field, TWO.net(CondOT()), y=torch.ones(n, dtype=torch.int64), w=w)
     share = (torch.arange(n) + 0.5) / n
-    x = euler(guided, torch.special.ndtri(share)[:, None], BINS, watch=watch)
+    noise = torch.special.ndtri(share)[:, None]                 # inverse of the normal cdf
+    x = euler(guided, noise, BINS, watch=watch)                 # as many steps as bins: a square
     watch(1.0, x)
     line = torch.linspace(-REACH, REACH, BINS)[:, None]
     law = tilted(TWO, 1, w, line).float()
-    columns += [0 * law] * 2 + [law / law.max()] * 12
+    columns += [0 * law] * 2                    # the gap
+    columns += [law / law.max()] * 12
     return grey(torch.stack(columns, dim=1).flip(0))            # up is up
 
 
 def plane():
-    """The cells of the plane, from left to right, then down, (BINS^2, 2)."""
+    """A point in each cell of the plane, from left to right, then down, (BINS^2, 2)."""
     line = torch.linspace(-REACH, REACH, BINS)
     up, right = torch.meshgrid(line.flip(0), line, indexing="ij")
     return torch.stack([right.flatten(), up.flatten()], dim=1)
@@ -221,11 +231,11 @@ def plane():
 def histogram(x):
     """The share of the samples (n, 2) in each cell of the plane, (BINS, BINS)."""
     counts, _ = torch.histogramdd(x.double(), BINS, range=[-REACH, REACH] * 2)
-    return counts.T.flip(0) / len(x)
+    return counts.T.flip(0) / len(x)            # rows are the second axis, and up is up
 
 
 def in_plane(w=3, n=4000, steps=100):
-    """Four laws of TRIANGLE, y on top, (BINS, BINS): title -> share of each cell."""
+    """Four laws, of y the top class of TRIANGLE, (BINS, BINS): title -> share of each cell."""
     torch.manual_seed(0)
     path = CondOT()
     net = TRIANGLE.net(path)
@@ -246,7 +256,7 @@ def write_pictures(folder):
     """oracle_line.png: p_t over time, w = 1, 3, 8. oracle_plane.png: four laws, p behind them."""
     panels = [picture.framed(over_time(w), f"w = {w}") for w in (1, 3, 8)]
     (folder / "oracle_line.png").write_bytes(picture.png(np.hstack(panels)))
-    behind = tilted(TRIANGLE, NULL, 1, plane()).view(BINS, BINS)
+    behind = tilted(TRIANGLE, NULL, 1, plane()).view(BINS, BINS)        # p itself
     behind = behind / behind.max() / 3
     panels = []
     for title, law in in_plane().items():

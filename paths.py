@@ -8,13 +8,15 @@ So x given z follows p_t(x|z) = N(x; alpha_t z, beta_t^2 I), and it moves with t
 
     u_t(x|z) = alpha'_t z + beta'_t eps     the conditional vector field; ' is d/dt.
 
-Many pairs (z, eps) meet in one x. The mean of their velocities is u_t(x), the marginal vector
-field: it carries all of the noise to the data, and it is what a network learns. p_t(x) is the law
-of x when z is any data point, and grad log p_t(x) its score.
+Many pairs (z, eps) meet in one x. The mean of their velocities, E[u_t(x|z) | x], is u_t(x), the
+marginal vector field: its ODE carries the law of the noise to the law of the data, and it is what a
+network learns. p_t(x) is the law of x when z is drawn from the data; its score, grad log p_t(x), is
+the same mean of the scores of p_t(x|z).
 
-The two equations above are linear in z and eps. Solved for them, with the determinant D, they give
-every conversion between u, eps and z, for one pair and so for the means over all pairs; and the
-score of the Gaussian p_t(x|z) is -(x - alpha z) / beta^2:
+For one pair, the two equations above are linear in z and eps. Solved for these, with the
+determinant D, they give every conversion between u, eps and z; and the score of the Gaussian
+p_t(x|z) is -(x - alpha z) / beta^2 = -eps / beta. At a given x all this is linear, so it holds for
+the means over all pairs as well:
 
     D = alpha' beta - alpha beta'           1 for CondOT, pi/2 for Cosine, never 0
     z = (beta u - beta' x) / D              E[z|x], if u is the marginal field
@@ -115,7 +117,8 @@ class DDPM(GaussianPath):
 
     Their noise rates 1e-4 ... 0.02 at T = 1000 are rate(s) = 0.1 + 19.9 s in continuous time, and
     abar = exp(-int_0^s rate) (Song et al. 2021, SDE, eq. 33). alpha_0 is 0.0066: x at t = 0 is
-    almost pure noise. beta' = -alpha alpha' / beta is infinite at t = 1: divided by 1e-3 there.
+    almost pure noise. beta' = -alpha alpha' / beta is infinite at t = 1, where beta = 0: there
+    this quotient takes beta as 1e-3. The methods take t.
     """
 
     def rate(self, t): return 0.1 + 19.9 * (1 - t)

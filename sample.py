@@ -36,9 +36,9 @@ SAMPLERS = {    # what each takes beside (field, x, steps, t0, watch)
 # ---------------------------------------------------------------- sampling
 
 def noise_of(seed, ids, shape):
-    """randn(like): at each call the next noise (B, *shape), on the device of like.
+    """randn(like) -> at each call the next noise (B, *shape), on the device of like.
 
-    Each sample has a stream of its own, that of i is seeded with (seed, i).
+    Each sample has its own stream: that of sample i is seeded with (seed, i).
     """
     generators = [np.random.default_rng([seed, i]) for i in ids]
 
@@ -51,12 +51,12 @@ def noise_of(seed, ids, shape):
 def generate(simulate, y, shape, seed):
     """Samples, chunk by chunk: yields x at t = 1, (B, *shape), for the next B of the labels y (N,).
 
-    simulate(noise, y, randn) -> x, any sampler with its field. Sample i is made of random numbers
+    simulate(x, y, randn) -> x, any sampler with its field. Sample i is made of random numbers
     of (seed, i) alone, whatever N and CHUNK.
     """
     for ids in torch.arange(len(y)).split(CHUNK):
         randn = noise_of(seed, ids.tolist(), shape)
-        noise = randn(like=y)
+        noise = randn(like=y)                   # on y's device
         yield simulate(noise, y[ids], randn)
 
 
@@ -72,12 +72,12 @@ class Trajectory:
         self.seen = {t: [] for t in self.moments}           # lists of chunks of x
 
     def watch(self, t, x):
-        if t in self.seen:
+        if t in self.seen:                      # the same floats: both come from times
             self.seen[t].append(x)
 
     def frames(self, model, field, y, images):
-        """Three rows of 11 images a sample, (3 N, 11, 32, 32): x_t; the guess of its end, E[z|x_t]
-        of the guided field; where u_t(x|y) and u_t(x|null) differ, white from 1 on."""
+        """Three rows of 11 images a sample, (3 N, 11, 32, 32): x_t; the guess of its end, the z
+        that the guided field implies; where u_t(x|y) and u_t(x|null) differ, white from 1 on."""
         end = [images, images, torch.zeros_like(images)]
         columns = []
         for t in self.moments:
@@ -98,7 +98,7 @@ def label_shows(model, x, t, y):
     null = torch.full_like(y, NULL)
     difference = model.net(x, t, y) - model.net(x, t, null)
     size = F.interpolate(difference.abs().mean(dim=1, keepdim=True), (32, 32))
-    return to_bytes(2 * size - 1)[:, 0]
+    return to_bytes(2 * size - 1)[:, 0]         # 0 is black, 1 white
 
 
 # ---------------------------------------------------------------- what is sampled from
@@ -117,7 +117,8 @@ def newest(fits, shipped):
 
 
 class Model:
-    """A checkpoint to sample from: net is its field u, to_images turns x at t = 1 into pixels."""
+    """A checkpoint to sample from: net(x, t, y) is u_t(x|y), not guided; to_images turns x at t = 1
+    into pixels."""
 
     def __init__(self, file, device):
         self.file = file or newest(lambda config: config["arch"] in FIELDS, "unet.pt")
@@ -175,7 +176,8 @@ def find_judge(model, guides):
 
 
 def scale_at(t, w, interval):
-    """w for t in the interval [LO, HI], both ends included; outside it 1, no guidance."""
+    """w for t in the interval [LO, HI], both ends included; outside it 1: samples of y, but no more
+    decidedly so than data."""
     low, high = interval
     return w if low <= t <= high else 1.0
 
@@ -186,7 +188,7 @@ def make_field(model, judge, options, w):
         scale = scale_at(t, w, options.interval)
         if options.guidance == "classifier":
             return classifier_guided_field(model.net, judge, model.path, x, t, y, scale)
-        if options.guidance == "mean":          # the sampler's push does it
+        if options.guidance == "mean":          # unconditional: the sampler's push leads to y
             scale = 0
         return guided_field(model.net, x, t, y, scale, options.away_from)
     return field
@@ -251,7 +253,8 @@ def images_of(model, samples):
 def report(w, images, y, judge, judge_file, real_diversity):
     """Say how many samples are read as their label, and how diverse they are in their classes."""
     labelled = y != NULL
-    share = mnist.accuracy(judge, images[labelled, None], y[labelled])
+    x = images[labelled][:, None]               # (M, 1, 32, 32)
+    share = mnist.accuracy(judge, x, y[labelled])
     line = f"w = {w:g}: {100 * share:.1f} % read as their label by {judge_file}"
     spread = mnist.diversity(images[labelled], y[labelled]) / real_diversity
     if spread > 0:                              # nan where no class has two samples
@@ -346,7 +349,7 @@ def labels_of(options):
     """The labels y (N,) that the options ask for, and the rows of the figure."""
     rows = 10                                   # one a label
     if options.n is None and options.label is None and options.out.endswith(".png"):
-        rows = NULL + 1                         # and one of samples without a label
+        rows = 11                               # and one of samples without a label, NULL = 10
     columns = 1 if options.trajectory else 10
     n = options.n or rows * columns
     y = torch.arange(n) % rows
@@ -356,7 +359,7 @@ def labels_of(options):
 
 
 def make_simulate(model, judge, options, w, t0, watch):
-    """simulate(noise, y, randn) -> x at t = 1, by --sampler and the options that it takes."""
+    """simulate(x, y, randn) -> x at t = 1 of noise x, by --sampler and the options it takes."""
     sampler, takes = SAMPLERS[options.sampler]
     towards_w = make_field(model, judge, options, w)
     field = towards_w
@@ -364,7 +367,7 @@ def make_simulate(model, judge, options, w, t0, watch):
         field = make_field(model, judge, options, 1.0)
     push = make_push(judge, options, w)
 
-    def simulate(noise, y, randn):
+    def simulate(x, y, randn):
         given = dict(path=model.path, randn=randn, sigma=options.sigma, noise=options.noise,
                      corrections=options.corrections, corrector=partial(towards_w, y=y))
         if push is not None:
@@ -372,8 +375,8 @@ def make_simulate(model, judge, options, w, t0, watch):
         # None is not given: the sampler's own default stands
         given = {name: value for name, value in given.items()
                  if name in takes and value is not None}
-        return sampler(partial(field, y=y), x=noise, steps=options.steps, t0=t0, watch=watch,
-                       **given)
+        # all but the field by name: predictor_corrector has corrector before x
+        return sampler(partial(field, y=y), x=x, steps=options.steps, t0=t0, watch=watch, **given)
     return simulate
 
 
@@ -382,7 +385,7 @@ def drawn(model, judge, options, w, y, t0, trajectory):
     steps = math.ceil(len(y) / CHUNK) * options.steps
     progress = Progress(w, steps, trajectory.watch if trajectory else ignore)
     simulate = make_simulate(model, judge, options, w, t0, progress.watch)
-    samples = generate(simulate, y, model.shape(), options.seed)
+    samples = generate(simulate, y, model.shape(), options.seed)    # lazy: images_of runs it
     try:
         return images_of(model, samples)
     finally:

@@ -26,13 +26,13 @@ RECIPES = {                                     # the defaults of --steps, --bat
     "classifier": dict(steps=1800, batch=128, lr=4e-3),
 }
 
-TIMES = {                                       # mean and std of logit(t): where a step looks
+TIMES = {                                       # mean and std of logit(t), by what is predicted
     "z": (-0.8, 0.8),                           # Li & He 2025
     "u": (-1.0, 1.0),
-    "latent": (0.0, 1.0),                       # the label is decided later there
+    "latent": (0.0, 1.0),                       # z or u of latents: their label is decided later
 }
-LATE = 0.4, 0.97                                # t where the pixels are decided
-LATE_FROM = 800                                 # the first step that may look there
+LATE = 0.4, 0.97                                # t in which the pixels are decided
+LATE_FROM = 800                                 # the first training step that may draw such t
 
 
 # ---------------------------------------------------------------- one step
@@ -54,9 +54,9 @@ def draw_batch(images, labels, n):
 def draw_times(config, n, step, device):
     """t (n,), logit-normal: most where the label is decided.
 
-    Late in a run samples differ from digits in the grey of single pixels, which the field near
-    t = 1 decides. So from two thirds of it on, half of t are uniform in LATE: not in latents, and
-    not before step LATE_FROM, as a short run has still to learn what decides the label.
+    From two thirds of the run on, half of the t are uniform in LATE instead: by then samples differ
+    from digits mostly in the grey of single pixels, which the field at late t decides. Not so in
+    latents; nor before step LATE_FROM, since a short run is still learning what decides the label.
     """
     if config["latent"]:
         return logit_normal(n, *TIMES["latent"], device)
@@ -70,7 +70,11 @@ def draw_times(config, n, step, device):
 
 
 def loss_of(config, net, z, y, step):
-    """The loss that --arch and --predict ask for."""
+    """The loss that --arch and --predict ask for.
+
+    A network that predicts z learns by L_CFM, too, as the vector field u that its z gives: of an
+    error of z this is the square, (D/beta)^2 times, 1/(1 - t)^2 on CondOT.
+    """
     path = PATHS[config["path"]]
     if config["arch"] == "vae":
         return vae_loss(net, z)
@@ -102,7 +106,11 @@ def is_hidden_matrix(name, p):
 
 
 class Optimizers:
-    """Muon (Jordan 2024) for the hidden matrices, AdamW for all other parameters of the net."""
+    """Muon (Jordan 2024) for the hidden matrices, AdamW for all other parameters of the net.
+
+    Muon moves a matrix by the mean of its last gradients, made nearly orthogonal by ns_steps
+    iterations of Newton and Schulz.
+    """
 
     def __init__(self, net):
         self.parameters = list(net.parameters())
@@ -117,7 +125,7 @@ class Optimizers:
     def step(self, lr):
         """Move the net's parameters by their gradients, and forget these."""
         for matrix, kernel in zip(self.matrices, self.kernels):
-            matrix.grad = kernel.grad.flatten(1)
+            matrix.grad = kernel.grad.flatten(1)            # a view has no gradient of its own
         for optimizer in (self.muon, self.adamw):
             optimizer.param_groups[0]["lr"] = lr
             optimizer.step()
@@ -169,7 +177,7 @@ class Progress:
         self.since = time.time()
 
     def add(self, loss):
-        """Count a step with this loss, of this process's share of the batch."""
+        """Count a step; loss is the mean over this process's share of the batch."""
         _, world = processes()
         loss = loss.detach() / world
         if world > 1:
@@ -233,7 +241,8 @@ def save(out, config, step, net, average, optimizers):
 
 
 def restore(out, config, net, average, optimizers):
-    """Load a checkpoint of this very run into all three; returns its step. Raises BadInput."""
+    """Load a checkpoint of this very run into net, average, optimizers; returns its step. Raises
+    BadInput."""
     saved = checkpoint.read(out, next(net.parameters()).device)
     # not real_diversity: the checksum stands for it, and its last bits vary with the threads
     asked = [key for key in config if key != "real_diversity"]
@@ -302,9 +311,9 @@ def train(config, images, labels, out, save_every, resume):
 
 @torch.no_grad()
 def encode(file, images, device):
-    """Latents (N, 4, 8, 8) of unit variance of images (N, 1, 32, 32) uint8, by the autoencoder in
-    file; and what a checkpoint keeps of it. Unit variance: Rombach et al. 2022, appendix G,
-    who draw the latent where this takes its mean."""
+    """images (N, 1, 32, 32) uint8 -> latents (N, 4, 8, 8) of unit variance, and what a checkpoint
+    keeps of the autoencoder in file. Rombach et al. 2022, appendix G, scale so, too; they draw the
+    latent from the encoder's Gaussian, this takes its mean."""
     vae, vae_config = checkpoint.load(file, device)
     if vae_config["arch"] != "vae":
         raise BadInput(f"--latent {file}: not of --arch vae")

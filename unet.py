@@ -5,7 +5,8 @@ Lecture 4, "Lab Three U-Net" (000_9a64053bb9e2e45b.txt; 002_49842480371d0be4.txt
 the midcoder works at the smallest size, decoders go back up; skip connections join stages of equal
 size; t and y are embedded as one vector e and injected into every residual layer.
 
-B: batch, C: channels of x, H x W: its size, c: a stage's channels, E: the size of e.
+B: batch, C: channels of x, H x W: its size (of a layer: its input's), c: a stage's channels, E: the
+size of e.
 """
 import math
 from itertools import pairwise
@@ -32,7 +33,7 @@ def time_embedding(E):
 
 
 def zero(layer):
-    """The layer with weights and biases of 0: what it feeds starts as if it were not there."""
+    """The layer with weights and biases set to 0: it gives 0, until training moves them."""
     for p in layer.parameters():
         nn.init.zeros_(p)
     return layer
@@ -77,7 +78,8 @@ class Encoder(nn.Module):
 
     def __init__(self, channels, layers, in_channels, stride, E):
         super().__init__()
-        self.first = nn.Conv2d(in_channels, channels[0], 2 * stride + 1, stride, padding=stride)
+        self.first = nn.Conv2d(in_channels, channels[0], kernel_size=2 * stride + 1,
+                               stride=stride, padding=stride)
         self.stages = nn.ModuleList(Stage(c, E, layers) for c in channels)
         self.downs = nn.ModuleList(nn.Conv2d(c, d, 3, stride=2, padding=1)
                                    for c, d in pairwise(channels))
@@ -104,7 +106,7 @@ class UNet(nn.Module):
         self.time = time_embedding(E)
         self.label = nn.Embedding(10 + 1, E)    # one more for NULL
         self.encoder = Encoder(channels, layers, in_channels, stride, E)
-        upward = list(pairwise(channels))[::-1]             # (c, d): up, and d channels become c
+        upward = list(pairwise(channels))[::-1]             # (c, d): d channels below, c above
         self.ups = nn.ModuleList(nn.Conv2d(d, c, 3, padding=1) for c, d in upward)
         self.decoders = nn.ModuleList(Stage(c, E, layers) for c, _ in upward)
         self.norm = nn.GroupNorm(8, channels[0])
@@ -114,7 +116,7 @@ class UNet(nn.Module):
         e = F.silu(self.time(time_features(t, x)) + self.label(y))     # (B, E)
         *skips, h = self.encoder(x, e)          # (B, 32, 16, 16), (B, 64, 8, 8); (B, 128, 4, 4)
         for up, decoder in zip(self.ups, self.decoders):
-            h = up(F.interpolate(h, scale_factor=2))        # twice the size, fewer channels
+            h = up(F.interpolate(h, scale_factor=2))        # twice the size, then d to c channels
             h = decoder(h + skips.pop(), e)
         h = self.last(F.silu(self.norm(h)))     # (B, C stride stride, H/stride, W/stride)
         return F.pixel_shuffle(h, self.stride)  # (B, C, H, W)

@@ -61,9 +61,10 @@ def kl_to_normal(mean, log_var):
 def vae_loss(net, x, std=0.1):
     """-ELBO = E_q[-log p(x|latent)] + KL(q(latent|x) || p(latent)); Kingma & Welling 2014, eq. 3.
 
-    p(x|latent) = N(decode(latent), std^2 I). Without its constant, per pixel and times 2 std^2: the
-    squared error and a light KL. Latent diffusion has a light KL too, but a perceptual and an
-    adversarial loss instead of the squared error (Rombach et al. 2022, section 3.1).
+    p(x|latent) = N(decode(latent), std^2 I). Returned is 2 std^2 times -ELBO, per pixel and without
+    its constant: the squared error, and a light KL, 2 std^2 times. Latent diffusion has a light KL
+    too, but a perceptual and an adversarial loss instead of the squared error (Rombach et al. 2022,
+    section 3.1).
     """
     eps = torch.randn(len(x), 4, 8, 8, device=x.device)
     recon, mean, log_var = net(x, eps)

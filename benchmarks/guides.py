@@ -1,8 +1,9 @@
-"""The guides of the field, in one table: `python benchmarks/guides.py`; what each does to digits.
+"""Guidance rules of the literature, in one table: `python benchmarks/guides.py`.
 
-A guide makes one vector field of two. All are used alike, guide(cond, uncond, x, t, w) -> u:
+A rule makes one vector field of two. All are used alike, rule(cond, uncond, x, t, w) -> u:
 cond is u_t(x|y), uncond is u_t(x|null), t one number, 0 noise, 1 data, and w the scale, in our
-count: w = 1 is no guidance, w > 1 guidance. The path is CondOT, x = t z + (1 - t) eps, so that
+count: w = 1 is no guidance (but for CFG++, whose w is a mean, and CFG-Zero*, which is 0 at first),
+w > 1 guidance. The path is CondOT, x = t z + (1 - t) eps, so that
 u = z - eps, z = x + (1 - t) u, eps = x - t u. Where a paper differs in time, scale or space, the
 translation stands beside its formula.
 
@@ -31,7 +32,7 @@ from sample import Model, generate                              # noqa: E402
 PATH = CondOT()
 
 
-# ---------------------------------------------------------------- the guides
+# ---------------------------------------------------------------- the rules
 
 def dot(a, b):
     """<a, b> of each sample, (B, 1, ..., 1)."""
@@ -55,7 +56,7 @@ def interval(cond, uncond, x, t, w, low=0.26, high=0.78):
     """w for t in [low, high], 1 outside; Kynkaanniemi et al. 2024, arXiv 2404.07724, section 3.1.
 
     Their interval is one of noise levels beta / alpha = (1 - t) / t. (0.28, 2.9], of the best
-    FID for EDM2-S on ImageNet at 512 pixels, is t in [0.26, 0.78).
+    FID for EDM2-S on ImageNet at 512 pixels, is t in [0.256, 0.781), here in two decimals.
     """
     scale = w if low <= t <= high else 1.0
     return guide(cond, uncond, scale)
@@ -87,16 +88,17 @@ def cfg_plus_plus(cond, uncond, x, t, lam, h):
 def lam_of(w, h):
     """lam = 6 h w / ((1 + h) (1 + 2 h)): CFG++'s w(t) then has the mean w over its 1/h steps.
 
-    w(t) is about 6 w t (1 - t), whatever h is: a soft interval. In 50 steps lam = 1 is w = 8.8.
+    w(t) is about 6 w t (1 - t), whatever h is: a soft interval. Their largest lam, 1, is w = 8.8 in
+    50 steps and 4.7 in 25: there w = 8 goes beyond what they allow.
     """
     return 6 * h * w / ((1 + h) * (1 + 2 * h))
 
 
 def rescale(cond, uncond, x, t, w, phi=0.7):
-    """phi u std(cond) / std(u) + (1 - phi) u, for the guided u, its pixels as spread as cond's.
+    """phi u std(cond) / std(u) + (1 - phi) u, u guided: phi = 1 has the spread of cond's pixels.
 
-    Lin et al. 2023, arXiv 2305.08891, eq. 13 to 16. They rescale what their network predicts, v;
-    u is on CondOT what -v is on their path.
+    Lin et al. 2023, arXiv 2305.08891, eq. 13 to 16, on what their network predicts,
+    v = alpha eps - beta z: -v is a velocity on their path, as u is on CondOT.
     """
     u = guide(cond, uncond, w)
     like_cond = u * std(cond) / std(u)
@@ -107,10 +109,10 @@ def apg(cond, uncond, x, t, w, eta=0.0, radius=2.5):
     """z + (w - 1) (d_orthogonal + eta d_parallel), as u; t < 1.
 
     Sadat et al. 2024, arXiv 2410.02416, Algorithm 1. z is E[z|x, y], d its difference to E[z|x],
-    cut to a length of at most radius and then split along z. Their reverse momentum, which takes
-    half or more of the former steps' d from this one's, is left out: a field has no memory. Their
-    radius is 2.5 to 15, in other spaces; the d of digits is about 7 long at t = 0, and mostly
-    under 2.5 after t = 0.35.
+    cut to a length of at most radius and then split along z. Their radius is 2.5 to 15, in other
+    spaces; the d of digits is about 7 long at t = 0, and mostly under 2.5 after t = 0.35. Left out,
+    as a field has no memory, is their reverse momentum: from d they take half or three quarters of
+    a running sum of the steps before.
     """
     z = PATH.u_to_data(cond, x, t)
     d = z - PATH.u_to_data(uncond, x, t)
@@ -123,8 +125,8 @@ def apg(cond, uncond, x, t, w, eta=0.0, radius=2.5):
 def cfg_zero_star(cond, uncond, x, t, w, start=0.04):
     """(1 - w) s u_t(x|null) + w u_t(x|y), s = <cond, uncond> / |uncond|^2; 0 for t < start.
 
-    Fan et al. 2025, arXiv 2503.18886: s minimises |cond - s uncond|. The authors' code leaves the
-    first 4 % of the steps out.
+    Fan et al. 2025, arXiv 2503.18886: s minimises |cond - s uncond|. As in the authors' code, x
+    stands still in the first 4 % of the steps, while t goes on.
     """
     if t < start:
         return torch.zeros_like(cond)
@@ -148,15 +150,15 @@ def unconditional(net):
     return lambda x, t, y: net(x, t, torch.full_like(y, NULL))
 
 
-def guided(guide, net, second, w):
-    """The field (x, t, y) -> u that a guide makes of net and a second field."""
+def guided(rule, net, second, w):
+    """The field (x, t, y) -> u that a rule makes of net and a second field."""
     def field(x, t, y):
-        return guide(net(x, t, y), second(x, t, y), x, t, w)
+        return rule(net(x, t, y), second(x, t, y), x, t, w)
     return field
 
 
 def rows_of(net, weak, h):
-    """The rows of the table: name, guide, its second field. h is the step of Euler's method."""
+    """The rows of the table: name, rule, its second field. h is the step of Euler's method."""
     def cfg_plus_plus_of_mean(cond, uncond, x, t, w):
         return cfg_plus_plus(cond, uncond, x, t, lam_of(w, h), h)
 
@@ -175,19 +177,21 @@ def rows_of(net, weak, h):
     return rows
 
 
-def draw(model, field, labels, steps):
-    """Images (N, 1, 32, 32) uint8 of labels (N,), by Euler's method, always from the same noise."""
+def draw(model, field, y, steps):
+    """Images (N, 1, 32, 32) uint8 of the labels y (N,), by Euler's method, always from the same
+    noise."""
     def simulate(noise, y, randn):
         return euler(partial(field, y=y), noise, steps)
 
     images = []
-    for x in generate(simulate, labels, model.shape(), 0):
+    for x in generate(simulate, y, model.shape(), seed=0):
         images.append(model.to_images(x))
     return torch.cat(images)[:, None].cpu()
 
 
 def cells_of(measures, images, labels, floor):
-    """% read as their label, diversity, Frechet distance over its floor, % of white pixels."""
+    """% read as their label, diversity, Frechet distance over its floor, that of real digits, and %
+    of white pixels."""
     row = measures(images, labels, apart=False)
     white = (images == 255).double().mean().item()
     return row["read"], row["diversity"], row["Frechet"] / floor, 100 * white
@@ -196,8 +200,8 @@ def cells_of(measures, images, labels, floor):
 def line(name, cells):
     """A row of the table; cells: what cells_of gives, for each w."""
     text = f"{name:13s}"
-    for accuracy, diversity, distance, white in cells:
-        text += f"{accuracy:10.1f}{diversity:6.2f}{distance:7.2f}{white:6.2f}"
+    for read, diversity, distance, white in cells:
+        text += f"{read:10.1f}{diversity:6.2f}{distance:7.2f}{white:6.2f}"
     return text
 
 
@@ -208,7 +212,7 @@ def heading(scales):
     for w in scales:
         title = f"w = {w:g}"
         groups += f"{title:>29s}"
-        columns += f"{'right %':>10s}{'div.':>6s}{'Fr.':>7s}{'white':>6s}"
+        columns += f"{'read %':>10s}{'div.':>6s}{'Fr.':>7s}{'white':>6s}"
     return f"{'':13s}{groups}\n{'':13s}{columns}"
 
 
@@ -246,23 +250,24 @@ def main(argv=None):
     if model.config["path"] != "condot":
         raise BadInput(f"{options.ckpt}: these guides are written for --path condot")
     weak = weak_field(options.weak, device)
-    labels = torch.arange(options.n) % 10
+    labels = torch.arange(options.n) % 10       # for the measures; y: the same, for the network
+    y = labels.to(device)
     measures = Measures()
     real = measures.real_digits(labels)
     floor = measures(real, labels, apart=False)["Frechet"]
 
-    print(f"{options.n} digits in {options.steps} steps of Euler's method. right %: read as their "
+    print(f"{options.n} digits in {options.steps} steps of Euler's method. read %: read as their "
           "label; div., Fr.: diversity and\nFrechet distance over those of real digits; white: "
           "% of pixels at 255\n")
     print(heading(options.w))
     print(line("real digits", [cells_of(measures, real, labels, floor)]))
-    unguided = draw(model, model.net, labels, options.steps)
+    unguided = draw(model, model.net, y, options.steps)
     print(line("no guidance", [cells_of(measures, unguided, labels, floor)]), flush=True)
-    for name, guide, second in rows_of(model.net, weak, 1 / options.steps):
+    for name, rule, second in rows_of(model.net, weak, 1 / options.steps):
         cells = []
         for w in options.w:
-            field = guided(guide, model.net, second, w)
-            images = draw(model, field, labels.to(device), options.steps)
+            field = guided(rule, model.net, second, w)
+            images = draw(model, field, y, options.steps)
             cells.append(cells_of(measures, images, labels, floor))
         print(line(name, cells), flush=True)
     print(lams(options.w, 1 / options.steps))

@@ -76,7 +76,10 @@ def outputs(net, images):
 
 
 def load_judge(x_train, y_train):
-    """The judge, which has seen real digits only: trained for a minute once, then kept in JUDGE."""
+    """The judge, which has seen real digits only: trained for a minute once, then kept in JUDGE.
+
+    It is taken from there whatever x_train is: for other data, remove that file first.
+    """
     torch.manual_seed(0)
     net = make_reader(10)
     if JUDGE.exists():
@@ -90,7 +93,8 @@ def load_judge(x_train, y_train):
 # ---------------------------------------------------------------- the measures
 
 def frechet(a, b):
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)); Heusel et al. 2017, eq. 6.
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), a squared distance; Heusel et al.
+    2017, eq. 6.
 
     a, b: features (N, D), (M, D).
     """
@@ -98,9 +102,10 @@ def frechet(a, b):
     b = b.double()
     cov_a = a.T.cov()
     cov_b = b.T.cov()
+    # the trace of a square root is the sum of the eigenvalues' roots; these are real and >= 0
     eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)
-    distance = (a.mean(0) - b.mean(0)).square().sum()
-    return (distance + cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()).item()
+    means = (a.mean(0) - b.mean(0)).square().sum()
+    return (means + cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()).item()
 
 
 def histogram(images):
@@ -122,17 +127,20 @@ def shapes(images):
 
 
 def told_apart(samples, real, steps=500, batch=100):
-    """% told apart, half trained on and half tested, both ways; Lopez-Paz & Oquab 2017.
+    """% told apart by a network that is trained on one half and tested on the other; Lopez-Paz &
+    Oquab 2017, here both ways. It makes about as many steps whatever N is, 10 epochs at least.
 
     samples, real: (N, 1, 32, 32) uint8, as many of each, of the same labels in the same order.
     """
     images = torch.stack([samples, real], dim=1).flatten(0, 1)  # in turn, so halves are balanced
     is_real = torch.arange(len(images)) % 2
-    half = len(images) // 4 * 2
-    halves = slice(0, half), slice(half, 2 * half)
+    half = len(images) // 4 * 2                 # even, so that no pair is torn apart
+    first = slice(0, half)
+    second = slice(half, 2 * half)
+    batch = min(batch, half)
     epochs = max(10, steps * batch // half)
     right = []
-    for seen, unseen in (halves, halves[::-1]):
+    for seen, unseen in ((first, second), (second, first)):
         torch.manual_seed(0)
         net = fit(make_reader(2), images[seen], is_real[seen], epochs, batch)
         answers = outputs(net, images[unseen]).argmax(1)
@@ -167,7 +175,10 @@ class Measures:
         self.test_diversity = mnist.diversity(self.test, self.y_test)
 
     def __call__(self, images, labels, apart=True, shape=False):
-        """images (N, 1, 32, 32) uint8, labels (N,); the slow measures only if asked for."""
+        """images (N, 1, 32, 32) uint8, labels (N,). apart and shape are slow: each trains networks.
+
+        Raises BadInput.
+        """
         features = outputs(self.hidden, images)
         reads = self.judge[-1](features).argmax(1)
         greys = histogram(images)
@@ -179,8 +190,10 @@ class Measures:
             "border": border_grey(images),
             "diversity": mnist.diversity(images, labels) / self.test_diversity,
         }
-        # others than those of real_digits
-        real = real_like(labels, self.x, self.y, skip=len(labels) // 8)
+        if apart or shape:
+            # other digits than those of real_digits, which takes the first of each label
+            most = labels.bincount().max().item()
+            real = real_like(labels, self.x, self.y, skip=most)
         if apart:
             out["apart"] = told_apart(images, real)
         if shape:
@@ -198,13 +211,14 @@ def read_samples(file):
         return torch.from_numpy(npz["images"])[:, None], torch.from_numpy(npz["labels"])
 
 
-DIGITS = {"read": 1, "Frechet": 3, "grey": 2, "black": 1, "border": 2, "diversity": 2, "apart": 1,
-          "shape": 1, "w=3 read": 1, "loss": 4, "seconds": 0}
+# decimals of each measure, and of what quality.py adds
+DECIMALS = {"read": 1, "Frechet": 3, "grey": 2, "black": 1, "border": 2, "diversity": 2, "apart": 1,
+            "shape": 1, "w=3 read": 1, "loss": 4, "seconds": 0}
 
 
 def show(name, row):
     """Print a row of measures."""
-    cells = "".join(f"{value:10.{DIGITS[key]}f}" for key, value in row.items())
+    cells = "".join(f"{value:10.{DECIMALS[key]}f}" for key, value in row.items())
     print(f"{name[-30:]:30s}{cells}", flush=True)
 
 

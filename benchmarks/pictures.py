@@ -1,6 +1,6 @@
 """Pictures for the README: `python benchmarks/pictures.py strip|away|loss|curves`, into figures/.
 
-strip:  digits of the shipped U-Net, a row from one noise, a column a w
+strip:  digits of the shipped U-Net: a row is one label and noise, a column one w
 away:   threes of w = 3 and, from the same noise, threes away from 8
 loss:   of a training run, by what it printed: `python train.py --arch unet > LOG`, then `loss LOG`
 curves: what w does to three measures of measures.py, 500 samples of the shipped U-Net each
@@ -53,7 +53,8 @@ def write_text(image, string, top, left):
 
 
 def line_plot(xs, ys, title, x_ticks, y_ticks, scale=np.asarray):
-    """The line through (xs, ys) under its title, (H, W) uint8; scale is the y axis's."""
+    """The line through (xs, ys) under its title, (H, W) uint8; scale=np.log2: a logarithmic y axis.
+    """
     image = np.zeros((TOP + HEIGHT + BELOW, LEFT + WIDTH + RIGHT), np.uint8)
     bottom = TOP + HEIGHT - 1
     for tick, column in zip(x_ticks, LEFT + places(x_ticks, x_ticks, WIDTH)):
@@ -71,7 +72,7 @@ def line_plot(xs, ys, title, x_ticks, y_ticks, scale=np.asarray):
 
 
 def strip(folder, scales=(0, 1, 1.5, 2, 3, 5, 8)):
-    """All ten digits, a row each, and a column for each w; sample.py's noise is that of the row."""
+    """All ten digits, a row each, and a column for each w; a row starts from one noise."""
     columns = [sampled(folder, "weights/unet.pt", w, 10)[0] for w in scales]
     grid = torch.cat(columns, dim=1).numpy()    # (10, columns, 32, 32)
     return picture.panel(grid, "w =", "".join(f"{w:<4g}" for w in scales).rstrip())

@@ -56,7 +56,10 @@ def show_real(measures, labels, **slow):
 
 
 def calls(folder, measures, n):
-    """Quality against network calls. A step of Heun is two calls, the last step one."""
+    """Quality against network calls.
+
+    A step of Heun is two calls, the last step one: of an even number of calls it leaves one out.
+    """
     show_real(measures, torch.arange(n) % 10, apart=False)
     for sampler in ("euler", "heun", "em"):
         for budget in (5, 10, 20, 50, 100, 200):
@@ -68,7 +71,7 @@ def calls(folder, measures, n):
 
 
 def show_network(folder, measures, n, name, ckpt):
-    """A row at w = 1, by all measures, and one at w = 3, whose law is not that of the data."""
+    """A row at w = 1, by all measures; one at w = 3, not told apart: guided, they are to differ."""
     images, labels, _ = sampled(folder, ckpt, 1, n)
     show(f"{name}, w = 1", measures(images, labels, shape=True))
     images, labels, _ = sampled(folder, ckpt, 3, GUIDED)

@@ -35,7 +35,7 @@ def wait():
 
 
 def median_time(f, n=7):
-    """Median seconds of f() over n runs after two."""
+    """Median seconds of f() over n runs, after two that do not count."""
     seconds = []
     for _ in range(n + 2):
         wait()
@@ -47,22 +47,22 @@ def median_time(f, n=7):
 
 
 def matmul_rate(dtype, n=2048):
-    """FLOP/s of a product of two n x n matrices: the best of nine."""
+    """FLOP/s of a product of two n x n matrices: the best of three medians."""
     a, b = torch.randn(2, n, n, device=DEVICE).to(dtype)
     seconds = [median_time(lambda: a @ b, 3) for _ in range(3)]
     return 2 * n**3 / min(seconds)
 
 
 class Case:
-    """A network, a batch for it, and its config as train.py has it."""
+    """A network, a batch for it, and what loss_of and vector_field read of its config."""
 
     def __init__(self, arch, latent):
         torch.manual_seed(0)
         options = LATENT_OPTIONS[arch] if latent else {}
         self.net = NETS[arch](**options).to(DEVICE)
         self.optimizers = Optimizers(self.net)
-        self.config = dict(arch=arch, path="condot", predict="z", eta=0.1, latent=latent or None,
-                           steps=1)
+        self.config = dict(arch=arch, path="condot", predict="u" if latent else "z", eta=0.1,
+                           latent=latent, steps=1)
         self.batch = RECIPES[arch]["batch"]
         self.shape = LATENT_SHAPE if latent else PIXELS_SHAPE
         self.z = torch.randn(self.batch, *self.shape, device=DEVICE)
@@ -130,6 +130,7 @@ def rates():
         flop = case.flop()
         trained = case.batch / median_time(case.train_step)     # images/s, forward and backward
         called, inside = sampling(case)
+        # backward costs twice as much as forward
         print(f"{name:12s} {flop / 1e6:11.0f} {trained:18.0f} {3 * flop * trained / rate:6.0%} "
               f"{called:17.0f} {flop * called / rate:6.0%} {inside:7.1%}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
