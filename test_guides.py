@@ -335,6 +335,12 @@ def test_told_apart_is_a_half_of_what_is_alike_and_all_of_what_is_not():
     assert measures.told_apart(grey_images(0), grey_images(255), steps=20, batch=4) == 100
 
 
+def test_few_samples_are_told_apart_too():
+    """Twelve, which is less than a batch: black from white always."""
+    images = torch.zeros(12, 1, 32, 32, dtype=torch.uint8)
+    assert measures.told_apart(images, images + 255, steps=20) == 100
+
+
 def test_real_digits_stand_in_the_order_of_the_labels():
     """Of each label its digits in turn, from the skip-th on."""
     y = torch.tensor([0, 1, 1, 0, 1, 0])
