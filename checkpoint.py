@@ -29,7 +29,7 @@ CONFIG_KEYS = {"arch", "net", "path", "predict", "latent", "checksum", "real_div
 PIXELS_SHAPE = 1, 32, 32
 LATENT_SHAPE = 4, 8, 8
 LATENT_OPTIONS = {                              # of the networks that work on latents
-    "unet": dict(in_channels=4, channels=(64, 128), stride=1),
+    "unet": dict(in_channels=4, channels=(64, 128), layers=2, stride=1),
     "dit": dict(in_channels=4, size=8, patch=1),
 }
 

@@ -310,7 +310,7 @@ def parse(argv=None):
     add("--ckpt", metavar="FILE.pt", help="newest of runs/, else weights/unet.pt")
     add("--label", type=int, choices=range(10), help="default: 0, 1, ..., 9 in turn")
     add("--n", type=many, help="samples for each w (100, and 10 of the null label)")
-    add("--steps", type=many, default=50, help="of the sampler (50)")
+    add("--steps", type=many, default=40, help="of the sampler (40)")
     add("--sampler", choices=SAMPLERS, default="euler",
         help="em: Euler-Maruyama; pc: predictor-corrector")
     add("--sigma", type=number(float, 0, 1e3), help="of em: constant (sqrt(2 beta_t))")

@@ -584,7 +584,7 @@ def test_the_defaults_are_those_that_the_help_names():
     latent = train.parse(["--arch", "dit", "--latent", "vae.pt"])
     assert (latent.predict, latent.out) == ("u", "runs/latent_dit.pt")
     options = sample.parse(["--w", "3"])
-    assert (options.steps, options.sampler, options.guidance) == (50, "euler", "cfg")
+    assert (options.steps, options.sampler, options.guidance) == (40, "euler", "cfg")
     assert (options.interval, options.seed, options.out) == ((0.0, 1.0), 0, "samples.png")
 
 

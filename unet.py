@@ -97,10 +97,11 @@ class UNet(nn.Module):
     """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0..9 or NULL = 10.
 
     stride is that of the first convolution: most of the work is done on H/stride x W/stride places,
-    and the last convolution writes stride x stride pixels for each of them.
+    and the last convolution writes stride x stride pixels for each of them. So the first stage has
+    many channels: the greys of all these pixels pass through it.
     """
 
-    def __init__(self, channels=(32, 64, 128), layers=2, in_channels=1, stride=2, E=128):
+    def __init__(self, channels=(64, 64, 128), layers=1, in_channels=1, stride=2, E=128):
         super().__init__()
         self.stride = stride
         self.time = time_embedding(E)
@@ -114,7 +115,7 @@ class UNet(nn.Module):
 
     def forward(self, x, t, y):
         e = F.silu(self.time(time_features(t, x)) + self.label(y))     # (B, E)
-        *skips, h = self.encoder(x, e)          # (B, 32, 16, 16), (B, 64, 8, 8); (B, 128, 4, 4)
+        *skips, h = self.encoder(x, e)          # (B, 64, 16, 16), (B, 64, 8, 8); (B, 128, 4, 4)
         for up, decoder in zip(self.ups, self.decoders):
             h = up(F.interpolate(h, scale_factor=2))        # twice the size, then d to c channels
             h = decoder(h + skips.pop(), e)

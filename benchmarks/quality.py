@@ -5,7 +5,7 @@ predict: what a network should predict: u, eps or z, each after the default run
 time:    after a minute of training from nothing and after the default run, medians of three seeds
 weights: the shipped networks
 The measures are those of measures.py. All samples and networks come from the two commands; samples
-are made in sample.py's default, 50 steps of Euler, except in calls.
+are made in sample.py's default, 40 steps of Euler, except in calls.
 """
 import argparse
 import re
