@@ -90,10 +90,10 @@ def load(file, device="cpu"):
     """
     checkpoint = read(file, device)
     config = dict(checkpoint["config"], step=checkpoint["step"])
+    net = NETS[config["arch"]](**config["net"]).to(device)
     try:
-        net = NETS[config["arch"]](**config["net"]).to(device)
         net.load_state_dict(checkpoint["weights"])
-    except (RuntimeError, TypeError, ValueError):           # of another network
+    except (RuntimeError, TypeError):           # of another network
         raise not_a_checkpoint(file) from None
     net.eval().requires_grad_(False)
     if config["arch"] in FIELDS:
