@@ -46,7 +46,7 @@ def cfg_cfm_loss(net, path, z, y, eta=0.1, t=None):
 
 
 def cfg_dsm_loss(net, path, z, y, eta=0.1):
-    """E || eps_theta(x|y) - eps ||^2: DDPM's L_simple (003_da10c6c8947a0fc6.txt), y as above.
+    """E || eps_theta(x|y) - eps ||^2, y dropped as above: L_simple of 003_da10c6c8947a0fc6.txt.
 
     net(x, t, y) -> eps. As score = -eps / beta_t, an error of eps is beta_t times that of the
     score: this is L_DSM^CFG (002_49842480371d0be4.txt), each t weighted by beta_t^2.

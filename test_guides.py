@@ -372,3 +372,20 @@ def test_the_test_digits_are_as_good_as_digits_can_be(monkeypatch, tmp_path):
     assert "shape" not in row
     inverted = measure(255 - measure.test, measure.y_test, apart=False)
     assert inverted["grey"] > 50
+
+
+def test_samples_are_told_from_other_digits_than_those_of_the_first_row(monkeypatch, tmp_path):
+    """Else a row of real digits would be compared with itself; also where all are of one label."""
+    sizes = dict(x_train=500, y_train=500, x_test=100, y_test=100)
+    with np.load(measures.mnist.FILE) as npz:
+        np.savez(tmp_path / "few.npz", **{key: npz[key][:n] for key, n in sizes.items()})
+    monkeypatch.setattr(measures, "load_judge", lambda x, y: measures.make_reader(10).eval())
+    compared = []
+    monkeypatch.setattr(measures, "told_apart", lambda samples, real: compared.append(real))
+    measure = measures.Measures(tmp_path / "few.npz")
+    for labels in (torch.arange(40) % 10, torch.full((20,), 3)):
+        row = measure.real_digits(labels)
+        measure(row, labels)
+        first = {x.numpy().tobytes() for x in row}
+        others = {x.numpy().tobytes() for x in compared.pop()}
+        assert not first & others
