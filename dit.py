@@ -5,6 +5,8 @@ Lecture 4, "Diffusion Transformer" (004_4aa8a09610484fd5.txt, section 2.2); Peeb
 B: batch, C: channels of x, H x W: its size, p: the width of a patch, N = (H/p)(W/p): the tokens,
 D: the width of a token, e (B, D): t and y embedded.
 """
+import math
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -46,10 +48,8 @@ def modulate(x, shift, scale):
 
 def attend(q, k, v):
     """softmax(q k^T / sqrt(D/heads)) v, each (B, heads, N, D/heads); Vaswani et al. 2017, eq. 1."""
-    if q.device.type != "cpu":
-        return F.scaled_dot_product_attention(q, k, v)
-    with torch.autocast("cpu", enabled=False):              # in bf16 it is slow on CPUs
-        return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
+    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])     # (B, heads, N, N)
+    return scores.softmax(dim=-1) @ v
 
 
 class Block(nn.Module):
@@ -95,7 +95,8 @@ class DiT(nn.Module):
 
     def forward(self, x, t, y):
         e = F.silu(self.time(time_features(t, x)) + self.label(y))     # (B, D)
-        h = self.embed(patchify(x, self.patch)) + self.positions    # (B, N, D)
+        h = self.embed(patchify(x, self.patch))             # (B, N, D)
+        h = h + self.positions.to(h.dtype)      # in bf16, if autocast made h so
         for block in self.blocks:
             h = block(h, e)
         shift, scale = self.modulation(e).chunk(2, dim=1)   # (B, D) each

@@ -1501,6 +1501,12 @@ def test_positions_differ():
     assert torch.pdist(dit.positions(8, 128)).min() > 0.1
 
 
+def test_attention_against_torch():
+    """softmax(q k^T / sqrt(D/heads)) v, of 3 images, 2 heads, 5 tokens, 7 numbers each."""
+    q, k, v = torch.randn(3, 3, 2, 5, 7, dtype=torch.float64)
+    close(dit.attend(q, k, v), F.scaled_dot_product_attention(q, k, v))
+
+
 @pytest.mark.parametrize("row, column", [(0, 0), (3, 5), (7, 7)])
 def test_attention_lets_one_patch_reach_all(row, column):
     """A change of the first patch, one inside or the last changes every patch of the output."""

@@ -21,6 +21,7 @@ import mnist                                                    # noqa: E402
 from cfg_min import NULL, euler, guided_field                   # noqa: E402
 from checkpoint import (LATENT_OPTIONS, LATENT_SHAPE, NETS, PIXELS_SHAPE, autocast,     # noqa: E402
                         pick_device, vector_field)
+from command import run                                         # noqa: E402
 from sample import generate                                     # noqa: E402
 from train import RECIPES, Optimizers, loss_of                  # noqa: E402
 
@@ -169,4 +170,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(run(main))
