@@ -1428,24 +1428,27 @@ def test_a_reader_of_stdout_that_goes_away_ends_the_command(monkeypatch):
 
 
 FREED = """
-import resource, torch, command
+import resource, torch, command, unet
+net = unet.UNet()
+x = torch.randn(64, 1, 32, 32)
+y = torch.arange(64) % 10
 def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def use():
-    torch.ones(2**24)                           # 64 MiB: more than glibc ever keeps unasked
-command.run(use)
+def use(n):
+    for _ in range(n):
+        net(x, 0.5, y).sum().backward()
+command.run(lambda: use(10))                    # until everything has found its place
 before = faults()
-for _ in range(10):
-    command.run(use)
-print(faults() - before)
+use(5)
+print((faults() - before) / 5)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other libraries are left alone")
 def test_memory_that_is_freed_is_kept():
-    """10 x 64 MiB are 160,000 pages of 4 KiB, if the system gives them anew each time."""
+    """Once warm, a step finds its pages where the last one left them."""
     done = subprocess.run([sys.executable, "-c", FREED], cwd=HERE, capture_output=True, text=True)
-    assert int(done.stdout) < 5000, done.stderr
+    assert float(done.stdout) < 2000, done.stderr
 
 
 def test_each_process_takes_a_gpu_of_its_own_where_there_are_some(monkeypatch):
