@@ -168,34 +168,41 @@ def classifier_guided_field(net, classifier, path, x, t, y, w):
 
 # ---------------------------------------------------------------- samplers
 #
-# All but langevin go from noise x at t0 to a sample at t = 1, in equal steps from t to s = t + h.
-# field(x, t) -> u is any field above, its y and w filled in. t0 > 0 is for a field that is 0/0 at
-# alpha = 0. randn(x) is noise of the shape of x. watch(t, x) sees x before each step.
+# All but langevin go from noise x at t0 to a sample at t = 1, in steps from t to s = t + h: equal
+# ones, or, for rho > 1, the smaller the later. field(x, t) -> u is any field above, its y and w
+# filled in. t0 > 0 is for a field that is 0/0 at alpha = 0. randn(x) is noise of the shape of x.
+# watch(t, x) sees x before each step.
 
 def ignore(t, x):
     """The watch that sees nothing."""
 
 
-def times(steps, t0=0.0):
-    """The steps, as pairs (t, s)."""
-    ts = [t0 + (1 - t0) * k / steps for k in range(steps)]
+def times(steps, t0=0.0, rho=1.0):
+    """The steps, as pairs (t, s): 1 - t falls as (1 - k/steps)^rho, Karras et al. 2022, eq. 5.
+
+    rho = 1: equal steps. The last ones decide the grey of single pixels, which needs small steps.
+    """
+    shares = [k / steps for k in range(steps)]              # of the way from t0 to 1
+    if rho != 1:                                # for 1 it is the same, but for rounding
+        shares = [1 - (1 - share)**rho for share in shares]
+    ts = [t0 + (1 - t0) * share for share in shares]
     return pairwise([*ts, 1.0])                 # exactly 1, not nearly: samplers ask if s < 1
 
 
-def euler(field, x, steps, t0=0.0, watch=ignore):
+def euler(field, x, steps, t0=0.0, rho=1.0, watch=ignore):
     """X_s = X_t + h u_t(X_t); Lecture 4, Algorithms 7 and 8."""
-    for t, s in times(steps, t0):
+    for t, s in times(steps, t0, rho):
         watch(t, x)
         x = x + (s - t) * field(x, t)
     return x
 
 
-def heun(field, x, steps, t0=0.0, watch=ignore):
+def heun(field, x, steps, t0=0.0, rho=1.0, watch=ignore):
     """Order 2: Euler's step, redone with the mean of u at both its ends; 2*steps - 1 calls.
 
     The last step stays Euler's, as u may be infinite at t = 1; Karras et al. 2022, Algorithm 1.
     """
-    for t, s in times(steps, t0):
+    for t, s in times(steps, t0, rho):
         watch(t, x)
         u = field(x, t)
         if s < 1:
@@ -205,7 +212,25 @@ def heun(field, x, steps, t0=0.0, watch=ignore):
     return x
 
 
-def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, randn=torch.randn_like, watch=ignore):
+def adams_bashforth(field, x, steps, t0=0.0, rho=1.0, watch=ignore):
+    """Order 2 with one call a step: u is carried on to the middle of the step along the line
+    through its last two values; the first step is Euler's. Hairer et al. 1993, section III.1."""
+    before = None                               # u of the step before, and that step's h
+    for t, s in times(steps, t0, rho):
+        watch(t, x)
+        h = s - t
+        u = field(x, t)
+        middle = u
+        if before is not None:
+            u_before, h_before = before
+            middle = u + h / 2 * (u - u_before) / h_before
+        x = x + h * middle
+        before = u, h
+    return x
+
+
+def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, rho=1.0, randn=torch.randn_like,
+                   watch=ignore):
     """dX = [u + sigma_t^2/2 score] dt + sigma_t dW; 002_49842480371d0be4.txt, "Sampling Algorithm".
 
     As score = -eps / beta_t, the drift is u - k_t eps with k_t = sigma_t^2 / (2 beta_t).
@@ -214,7 +239,7 @@ def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, randn=torch.randn_
     Either is cut to beta_s / sqrt(h), in the noise and in the drift: a step adds noise of variance
     h sigma_t^2, and all the noise that x_s should have is of variance beta_s^2.
     """
-    for t, s in times(steps, t0):
+    for t, s in times(steps, t0, rho):
         watch(t, x)
         h = s - t
         _, beta, _, _ = path.at(t, x)
@@ -231,8 +256,8 @@ def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, randn=torch.randn_
     return x
 
 
-def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_like,
-         watch=ignore):
+def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, rho=1.0,
+         randn=torch.randn_like, watch=ignore):
     """X_s = mean + sigma xi, mean = alpha_s z + sqrt(beta_s^2 - sigma^2) eps, xi ~ N(0, I).
 
     z and eps are those that the field implies at (x, t). noise scales sigma:
@@ -244,7 +269,7 @@ def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_
     added to the mean, nothing for noise = 0; 003_da10c6c8947a0fc6.txt, first "Guided sampling",
     which prints sigma for sigma^2.
     """
-    for t, s in times(steps, t0):
+    for t, s in times(steps, t0, rho):
         watch(t, x)
         alpha, beta, _, _ = path.at(t, x)
         alpha_s, beta_s, _, _ = path.at(s, x)
@@ -280,7 +305,7 @@ def langevin(field, x, t, path, steps, randn=torch.randn_like):
 
 
 def predictor_corrector(field, corrector, x, steps, path, corrections=1, t0=0.0,
-                        randn=torch.randn_like, watch=ignore):
+                        rho=1.0, randn=torch.randn_like, watch=ignore):
     """Euler's step on field, then Langevin steps with the score of corrector at the new time.
 
     Both are fields (x, t) -> u. For guidance field is u_t(x|y), and corrector the guided field,
@@ -289,7 +314,7 @@ def predictor_corrector(field, corrector, x, steps, path, corrections=1, t0=0.0,
     (oracle.py shows it). Langevin steps at s lead there: the nearer, the more corrections and
     steps. Bradley & Nakkiran 2024; Song et al. 2021 (SDE), section 4.2.
     """
-    for t, s in times(steps, t0):
+    for t, s in times(steps, t0, rho):
         watch(t, x)
         x = x + (s - t) * field(x, t)
         if s < 1:                               # at t = 1 the score is infinite

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 import checkpoint
 import mnist
 import picture
-from cfg_min import (NULL, classifier_gradient, classifier_guided_field, ddim, euler,
-                     euler_maruyama, guided_field, heun, ignore, predictor_corrector, times)
+from cfg_min import (NULL, adams_bashforth, classifier_gradient, classifier_guided_field, ddim,
+                     euler, euler_maruyama, guided_field, heun, ignore, predictor_corrector, times)
 from checkpoint import FIELDS, LATENT_SHAPE, PIXELS_SHAPE, autocast, pick_device
 from command import BadInput, Parser, in_place, number, run, write_whole
 from mnist import to_bytes
@@ -24,7 +24,8 @@ from paths import PATHS
 CHUNK = 100     # samples computed at once
 FRAMES = 11     # of a trajectory: t = 0, 0.1, ..., 1
 
-SAMPLERS = {    # what each takes beside (field, x, steps, t0, watch)
+SAMPLERS = {    # what each takes beside (field, x, steps, t0, rho, watch)
+    "ab": (adams_bashforth, ()),
     "euler": (euler, ()),
     "heun": (heun, ()),
     "em": (euler_maruyama, ("path", "randn", "sigma")),
@@ -63,8 +64,8 @@ def generate(simulate, y, shape, seed):
 class Trajectory:
     """x_t at the sampler's first step from t = 0, 0.1, ..., 0.9 on, and at the end."""
 
-    def __init__(self, steps, t0):
-        starts = [t for t, _ in times(steps, t0)]
+    def __init__(self, steps, t0, rho=1.0):
+        starts = [t for t, _ in times(steps, t0, rho)]
         self.moments = []                                   # 1.0 where no step starts later
         for k in range(FRAMES - 1):
             later = [t for t in starts if t > k / (FRAMES - 1) - 1e-6]
@@ -310,9 +311,11 @@ def parse(argv=None):
     add("--ckpt", metavar="FILE.pt", help="newest of runs/, else weights/unet.pt")
     add("--label", type=int, choices=range(10), help="default: 0, 1, ..., 9 in turn")
     add("--n", type=many, help="samples for each w (100, and 10 of the null label)")
-    add("--steps", type=many, default=40, help="of the sampler (40)")
-    add("--sampler", choices=SAMPLERS, default="euler",
-        help="em: Euler-Maruyama; pc: predictor-corrector")
+    add("--sampler", choices=SAMPLERS, help="ab: Adams-Bashforth; em: Euler-Maruyama; pc: "
+        "predictor-corrector (ab; with --trajectory euler)")
+    add("--steps", type=many, help="of the sampler (ab 10, others 40)")
+    add("--rho", type=number(float, 0.1, 10),
+        help="1 - t falls as (1 - k/steps)^rho; 1: equal steps (ab 2, others 1)")
     add("--sigma", type=number(float, 0, 1e3), help="of em: constant (sqrt(2 beta_t))")
     add("--noise", type=share, help="of ddim: 0 is DDIM, 1 DDPM's ancestral sampler (0)")
     add("--corrections", type=many, help="of pc: Langevin steps after each step (1)")
@@ -328,6 +331,14 @@ def parse(argv=None):
         help="show x_t from noise to digit, its guess of the digit, and where the label tells")
     add("--device", help="as torch names it: cpu, cuda, mps (cuda where there is one, else cpu)")
     options = p.parse_args(argv)
+    if options.sampler is None:                 # a trajectory needs a step every tenth of t
+        options.sampler = "euler" if options.trajectory else "ab"
+    # ten such steps of ab are as good as a hundred equal ones of Euler: README.md
+    steps, rho = (10, 2.0) if options.sampler == "ab" else (40, 1.0)
+    if options.steps is None:
+        options.steps = steps
+    if options.rho is None:
+        options.rho = rho
     _, takes = SAMPLERS[options.sampler]
     for name in ("noise", "sigma", "corrections"):
         if getattr(options, name) is not None and name not in takes:
@@ -376,7 +387,8 @@ def make_simulate(model, judge, options, w, t0, watch):
         given = {name: value for name, value in given.items()
                  if name in takes and value is not None}
         # all but the field by name: predictor_corrector has corrector before x
-        return sampler(partial(field, y=y), x=x, steps=options.steps, t0=t0, watch=watch, **given)
+        return sampler(partial(field, y=y), x=x, steps=options.steps, t0=t0, rho=options.rho,
+                       watch=watch, **given)
     return simulate
 
 
@@ -404,7 +416,7 @@ def main(argv=None):
     t0 = first_time(model, options.guidance)
     panels = []
     for w in options.w:
-        trajectory = Trajectory(options.steps, t0) if options.trajectory else None
+        trajectory = Trajectory(options.steps, t0, options.rho) if options.trajectory else None
         images = drawn(model, judge, options, w, y, t0, trajectory)
         if judge:
             report(w, images, y, judge, judge_file, model.config["real_diversity"])

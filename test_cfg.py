@@ -20,7 +20,8 @@ import dit
 import oracle
 import train
 import vae
-from cfg_min import NULL, ddim, euler, euler_maruyama, guide, guided_field, heun
+from cfg_min import (NULL, adams_bashforth, ddim, euler, euler_maruyama, guide, guided_field,
+                     heun, predictor_corrector, times)
 from checkpoint import LATENT_OPTIONS, vector_field
 from paths import DDPM, PATHS, CondOT, GaussianPath
 from unet import NoisyClassifier, UNet
@@ -1096,6 +1097,9 @@ def test_push_is_the_first_guided_sampling_of_ddpm(path, x):
 RUNS = {
     "euler": (euler, {}),
     "heun": (heun, {}),
+    "ab": (adams_bashforth, {}),
+    "ab late": (adams_bashforth, dict(rho=2.0)),
+    "em late": (euler_maruyama, dict(rho=2.0)),
     "ddim 0": (ddim, dict(noise=0.0)),
     "ddim 0.5": (ddim, dict(noise=0.5)),
     "ddim 1": (ddim, dict(noise=1.0)),
@@ -1126,6 +1130,7 @@ def simulate(run, path, y, w, n=3000, steps=80):
 
 
 ALL_RUNS = pytest.mark.parametrize("run", RUNS)
+EQUAL_RUNS = pytest.mark.parametrize("run", [run for run in RUNS if "late" not in run])
 
 
 @ALL_PATHS
@@ -1136,7 +1141,7 @@ def test_samplers_end_in_the_data_law(run, path, w, y):
     assert data_law_distance(simulate(run, path, 0, w), y) < 0.04
 
 
-@pytest.mark.parametrize("run", ["euler", "heun", "ddim 0"])
+@pytest.mark.parametrize("run", ["euler", "heun", "ab", "ab late", "ddim 0"])
 @ALL_PATHS
 def test_odes_carry_quantiles_to_quantiles(run, path):
     """On a line x -> X_1 is increasing: the q-quantile of the noise becomes that of the data."""
@@ -1192,7 +1197,7 @@ def test_samplers_end_in_a_gaussian_data_law(run, path):
 
 
 @pytest.mark.parametrize("name", ["condot", "cosine"])              # DDPM's u is infinite at t = 1
-@pytest.mark.parametrize("run, order", [("euler", 1), ("heun", 2)])
+@pytest.mark.parametrize("run, order", [("euler", 1), ("heun", 2), ("ab", 2), ("ab late", 2)])
 def test_order_of_the_samplers(run, order, name):
     """Twice the steps, an error 2^order times smaller."""
     exact = simulate("heun", PATHS[name], 0, 3, n=20, steps=1000)
@@ -1286,7 +1291,7 @@ def test_capped_noise_settles_at_4_thirds_of_the_paths():
     assert abs(max(variances) - 4 / 3) < 0.03
 
 
-@ALL_RUNS
+@EQUAL_RUNS
 def test_samplers_call_the_field_from_noise_to_the_last_step(run):
     """At t_DDPM = T, ..., 1: training needs t ~ U{1, T}; `003` also prints U{2, T}."""
     called = []
@@ -1301,9 +1306,11 @@ def test_samplers_call_the_field_from_noise_to_the_last_step(run):
     assert len(called) == calls.get(run, 10)
 
 
-@ALL_RUNS
+@EQUAL_RUNS
 def test_samplers_show_each_state_once_from_t0_on(run):
     """watch(t, x) sees x before each of the equal steps from t0 to 1."""
+    if run == "ab":
+        pytest.skip("its last step is not Euler's: tested on its own, below")
     seen = []
 
     def field(x, t):
@@ -1320,6 +1327,45 @@ def test_samplers_show_each_state_once_from_t0_on(run):
     (t, x) = seen[-1]
     u = field(x, t)
     close(end, x + (1 - t) * u)                 # the last step is Euler's for all: beta_1 = 0
+
+
+@pytest.mark.parametrize("t0, rho", [(0.0, 1.0), (0.0, 2.0), (0.5, 1.5)])
+def test_times_begin_at_t0_and_shrink_by_rho(t0, rho):
+    """1 - t = (1 - t0) (1 - k/n)^rho, down to 0; each step ends where the next one begins."""
+    pairs = list(times(8, t0, rho))
+    assert len(pairs) == 8
+    assert pairs[0][0] == t0
+    assert pairs[-1][1] == 1
+    assert all(a[1] == b[0] for a, b in zip(pairs, pairs[1:]))
+    left = double([1 - t for t, _ in pairs])
+    share = 1 - torch.arange(8) / 8
+    close(left.log(), math.log(1 - t0) + rho * share.double().log())
+
+
+@pytest.mark.parametrize("run", ["euler", "heun", "ab", "em", "ddim 1"])
+def test_every_sampler_takes_its_steps_from_rho(run):
+    seen = []
+
+    def watch(t, x):
+        seen.append(t)
+    start = torch.ones(1, 1).double()
+    integrate(run, lambda x, t: x, start, 5, CondOT(), rho=2.0, watch=watch)
+    corrected = []
+    predictor_corrector(lambda x, t: x, lambda x, t: x, start, 5, CondOT(), rho=2.0,
+                        watch=lambda t, x: corrected.append(t))
+    wanted = [t for t, _ in times(5, 0.0, 2.0)]
+    assert seen == wanted
+    assert corrected == wanted
+
+
+@pytest.mark.parametrize("rho", [1.0, 2.0])
+def test_adams_bashforth_is_exact_where_u_is_a_line_over_t(rho):
+    """u = 2 - 6 t: its integral, but for the first step, which is Euler's: u_0 h."""
+    end = adams_bashforth(lambda x, t: torch.full_like(x, 2 - 6 * t), double([0.0]), 5, rho=rho)
+    _, s = next(times(5, 0.0, rho))
+    first = 2 * s
+    others = (2 - 3) - (2 * s - 3 * s**2)
+    close(end, double([first + others]))
 
 
 def test_what_w_does_to_two_gaussians(capsys):

@@ -585,8 +585,18 @@ def test_the_defaults_are_those_that_the_help_names():
     latent = train.parse(["--arch", "dit", "--latent", "vae.pt"])
     assert (latent.predict, latent.out) == ("u", "runs/latent_dit.pt")
     options = sample.parse(["--w", "3"])
-    assert (options.steps, options.sampler, options.guidance) == (40, "euler", "cfg")
+    assert (options.sampler, options.steps, options.rho) == ("ab", 10, 2.0)
+    assert options.guidance == "cfg"
     assert (options.interval, options.seed, options.out) == ((0.0, 1.0), 0, "samples.png")
+
+
+@pytest.mark.parametrize("line, wanted", [
+    ("--sampler euler", ("euler", 40, 1.0)), ("--sampler pc", ("pc", 40, 1.0)),
+    ("--trajectory", ("euler", 40, 1.0)), ("--trajectory --sampler ab", ("ab", 10, 2.0)),
+    ("--steps 7", ("ab", 7, 2.0)), ("--rho 1.5 --sampler em", ("em", 40, 1.5))])
+def test_steps_and_rho_go_with_the_sampler(line, wanted):
+    options = sample.parse(["--w", "3", *line.split()])
+    assert (options.sampler, options.steps, options.rho) == wanted
 
 
 def test_the_learning_rate_rises_for_100_steps_and_falls_to_0():
@@ -826,7 +836,7 @@ def test_every_sampler_serves_every_network(run, path, predict, kinds):
     """
     assert run(f"{SHORT_UNET} --path {path} --predict {predict}") == 0
     different = set()
-    for options in ("euler", "heun", "em", "em --sigma 1", "ddim --noise 1", "pc",
+    for options in ("euler", "heun", "ab", "em", "em --sigma 1", "ddim --noise 1", "pc",
                     "pc --corrections 2"):
         images, _ = sampled(run, f"--w 2 --n 2 --steps 4 --sampler {options}")
         different.add(images.tobytes())
@@ -1075,7 +1085,7 @@ def test_no_float64_trains_or_samples(run, options):
     """MPS has none: reading data, training, each sampler."""
     with NoFloat64():
         assert run(f"train.py {options} --steps 2 --batch 4 --out a.pt") == 0
-        for sampler in ("euler", "heun", "em", "em --sigma 1", "ddim --noise 1", "pc"):
+        for sampler in ("ab", "euler", "heun", "em", "em --sigma 1", "ddim --noise 1", "pc"):
             line = f"sample.py --ckpt a.pt --w 3 --n 2 --steps 2 --sampler {sampler}"
             assert run(line) == 0
 
