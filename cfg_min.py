@@ -168,41 +168,45 @@ def classifier_guided_field(net, classifier, path, x, t, y, w):
 
 # ---------------------------------------------------------------- samplers
 #
-# All but langevin go from noise x at t0 to a sample at t = 1, in steps from t to s = t + h: equal
-# ones, or, for rho > 1, the smaller the later. field(x, t) -> u is any field above, its y and w
-# filled in. t0 > 0 is for a field that is 0/0 at alpha = 0. randn(x) is noise of the shape of x.
-# watch(t, x) sees x before each step.
+# All but langevin go from noise x at t0 to a sample at t = 1, in steps from t to s = t + h, which
+# times makes, equal or not. field(x, t) -> u is any field above, its y and w filled in. t0 > 0 is
+# for a field that is 0/0 at alpha = 0. randn(x) is noise of the shape of x. watch(t, x) sees x
+# before each step.
 
 def ignore(t, x):
     """The watch that sees nothing."""
 
 
-def times(steps, t0=0.0, rho=1.0):
-    """The steps, as pairs (t, s): 1 - t falls as (1 - k/steps)^rho, Karras et al. 2022, eq. 5.
+def times(steps, t0=0.0, last=None):
+    """The steps, as pairs (t, s): equal ones or, given last, the smaller the later, and the last
+    one from t = last to 1, however many there are.
 
-    rho = 1: equal steps. The last ones decide the grey of single pixels, which needs small steps.
+    Then sqrt(1 - t) falls evenly: Karras et al. 2022, eq. 5, with rho = 2 and 1 - t for sigma. Late
+    steps decide the grey of single pixels; but at t near 1 a network has seldom been trained.
     """
-    shares = [k / steps for k in range(steps)]              # of the way from t0 to 1
-    if rho != 1:                                # for 1 it is the same, but for rounding
-        shares = [1 - (1 - share)**rho for share in shares]
-    ts = [t0 + (1 - t0) * share for share in shares]
+    if last is None or steps == 1:
+        ts = [t0 + (1 - t0) * k / steps for k in range(steps)]
+    else:
+        start, end = math.sqrt(1 - t0), math.sqrt(1 - last)
+        roots = [start + (end - start) * k / (steps - 1) for k in range(steps)]
+        ts = [1 - root**2 for root in roots]
     return pairwise([*ts, 1.0])                 # exactly 1, not nearly: samplers ask if s < 1
 
 
-def euler(field, x, steps, t0=0.0, rho=1.0, watch=ignore):
+def euler(field, x, steps, t0=0.0, last=None, watch=ignore):
     """X_s = X_t + h u_t(X_t); Lecture 4, Algorithms 7 and 8."""
-    for t, s in times(steps, t0, rho):
+    for t, s in times(steps, t0, last):
         watch(t, x)
         x = x + (s - t) * field(x, t)
     return x
 
 
-def heun(field, x, steps, t0=0.0, rho=1.0, watch=ignore):
+def heun(field, x, steps, t0=0.0, last=None, watch=ignore):
     """Order 2: Euler's step, redone with the mean of u at both its ends; 2*steps - 1 calls.
 
     The last step stays Euler's, as u may be infinite at t = 1; Karras et al. 2022, Algorithm 1.
     """
-    for t, s in times(steps, t0, rho):
+    for t, s in times(steps, t0, last):
         watch(t, x)
         u = field(x, t)
         if s < 1:
@@ -212,24 +216,22 @@ def heun(field, x, steps, t0=0.0, rho=1.0, watch=ignore):
     return x
 
 
-def adams_bashforth(field, x, steps, t0=0.0, rho=1.0, watch=ignore):
-    """Order 2 with one call a step: u is carried on to the middle of the step along the line
-    through its last two values; the first step is Euler's. Hairer et al. 1993, section III.1."""
-    before = None                               # u of the step before, and that step's h
-    for t, s in times(steps, t0, rho):
+def adams_bashforth(field, x, steps, t0=0.0, last=None, watch=ignore):
+    """Order 2 with one call a step: u in the middle of the step is extrapolated from its last two
+    values; the first step is Euler's. Hairer et al. 1993, section III.5."""
+    slope = 0                                   # du/dt along the way
+    u_before = None
+    for t, s in times(steps, t0, last):
         watch(t, x)
-        h = s - t
         u = field(x, t)
-        middle = u
-        if before is not None:
-            u_before, h_before = before
-            middle = u + h / 2 * (u - u_before) / h_before
-        x = x + h * middle
-        before = u, h
+        if u_before is not None:
+            slope = (u - u_before) / (t - t_before)
+        x = x + (s - t) * (u + (s - t) / 2 * slope)
+        t_before, u_before = t, u
     return x
 
 
-def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, rho=1.0, randn=torch.randn_like,
+def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, last=None, randn=torch.randn_like,
                    watch=ignore):
     """dX = [u + sigma_t^2/2 score] dt + sigma_t dW; 002_49842480371d0be4.txt, "Sampling Algorithm".
 
@@ -239,7 +241,7 @@ def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, rho=1.0, randn=tor
     Either is cut to beta_s / sqrt(h), in the noise and in the drift: a step adds noise of variance
     h sigma_t^2, and all the noise that x_s should have is of variance beta_s^2.
     """
-    for t, s in times(steps, t0, rho):
+    for t, s in times(steps, t0, last):
         watch(t, x)
         h = s - t
         _, beta, _, _ = path.at(t, x)
@@ -256,7 +258,7 @@ def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, rho=1.0, randn=tor
     return x
 
 
-def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, rho=1.0,
+def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, last=None,
          randn=torch.randn_like, watch=ignore):
     """X_s = mean + sigma xi, mean = alpha_s z + sqrt(beta_s^2 - sigma^2) eps, xi ~ N(0, I).
 
@@ -269,7 +271,7 @@ def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, rho=1.0,
     added to the mean, nothing for noise = 0; 003_da10c6c8947a0fc6.txt, first "Guided sampling",
     which prints sigma for sigma^2.
     """
-    for t, s in times(steps, t0, rho):
+    for t, s in times(steps, t0, last):
         watch(t, x)
         alpha, beta, _, _ = path.at(t, x)
         alpha_s, beta_s, _, _ = path.at(s, x)
@@ -305,7 +307,7 @@ def langevin(field, x, t, path, steps, randn=torch.randn_like):
 
 
 def predictor_corrector(field, corrector, x, steps, path, corrections=1, t0=0.0,
-                        rho=1.0, randn=torch.randn_like, watch=ignore):
+                        last=None, randn=torch.randn_like, watch=ignore):
     """Euler's step on field, then Langevin steps with the score of corrector at the new time.
 
     Both are fields (x, t) -> u. For guidance field is u_t(x|y), and corrector the guided field,
@@ -314,7 +316,7 @@ def predictor_corrector(field, corrector, x, steps, path, corrections=1, t0=0.0,
     (oracle.py shows it). Langevin steps at s lead there: the nearer, the more corrections and
     steps. Bradley & Nakkiran 2024; Song et al. 2021 (SDE), section 4.2.
     """
-    for t, s in times(steps, t0, rho):
+    for t, s in times(steps, t0, last):
         watch(t, x)
         x = x + (s - t) * field(x, t)
         if s < 1:                               # at t = 1 the score is infinite

@@ -30,15 +30,15 @@ def run(main):
 def keep_freed_memory():
     """Let the C library keep the memory that this process frees: the next step needs as much again.
 
-    Otherwise glibc hands large blocks back, and the system clears every page of the next ones: a
-    tenth of the time of training and of sampling.
+    Otherwise glibc hands large blocks back, and the system clears every page of the next ones,
+    which costs a tenth of the time of training and of sampling.
     """
     if platform.libc_ver()[0] != "glibc":
         return
     m_trim_threshold, m_mmap_max = -1, -4       # their numbers in malloc.h
     libc = ctypes.CDLL(None)
     libc.mallopt(m_mmap_max, 0)                 # no block by mmap: these go back when freed
-    libc.mallopt(m_trim_threshold, 2**31 - 1)   # of the rest up to 2 GiB may lie free
+    libc.mallopt(m_trim_threshold, 2**31 - 1)   # up to 2 GiB may lie free at the heap's end
 
 
 class Parser(argparse.ArgumentParser):

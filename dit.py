@@ -47,7 +47,8 @@ def modulate(x, shift, scale):
 
 
 def attend(q, k, v):
-    """softmax(q k^T / sqrt(D/heads)) v, each (B, heads, N, D/heads); Vaswani et al. 2017, eq. 1."""
+    """softmax(q k^T / sqrt(D/heads)) v; q, k, v and the result: (B, heads, N, D/heads). Vaswani et
+    al. 2017, eq. 1."""
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])     # (B, heads, N, N)
     return scores.softmax(dim=-1) @ v
 
@@ -96,7 +97,7 @@ class DiT(nn.Module):
     def forward(self, x, t, y):
         e = F.silu(self.time(time_features(t, x)) + self.label(y))     # (B, D)
         h = self.embed(patchify(x, self.patch))             # (B, N, D)
-        h = h + self.positions.to(h.dtype)      # in bf16, if autocast made h so
+        h = h + self.positions.to(h.dtype)      # float32 positions would make h float32
         for block in self.blocks:
             h = block(h, e)
         shift, scale = self.modulation(e).chunk(2, dim=1)   # (B, D) each

@@ -24,7 +24,7 @@ from paths import PATHS
 CHUNK = 100     # samples computed at once
 FRAMES = 11     # of a trajectory: t = 0, 0.1, ..., 1
 
-SAMPLERS = {    # what each takes beside (field, x, steps, t0, rho, watch)
+SAMPLERS = {    # what each takes beside (field, x, steps, t0, last, watch)
     "ab": (adams_bashforth, ()),
     "euler": (euler, ()),
     "heun": (heun, ()),
@@ -64,8 +64,8 @@ def generate(simulate, y, shape, seed):
 class Trajectory:
     """x_t at the sampler's first step from t = 0, 0.1, ..., 0.9 on, and at the end."""
 
-    def __init__(self, steps, t0, rho=1.0):
-        starts = [t for t, _ in times(steps, t0, rho)]
+    def __init__(self, steps, t0, last=None):
+        starts = [t for t, _ in times(steps, t0, last)]
         self.moments = []                                   # 1.0 where no step starts later
         for k in range(FRAMES - 1):
             later = [t for t in starts if t > k / (FRAMES - 1) - 1e-6]
@@ -312,10 +312,10 @@ def parse(argv=None):
     add("--label", type=int, choices=range(10), help="default: 0, 1, ..., 9 in turn")
     add("--n", type=many, help="samples for each w (100, and 10 of the null label)")
     add("--sampler", choices=SAMPLERS, help="ab: Adams-Bashforth; em: Euler-Maruyama; pc: "
-        "predictor-corrector (ab; with --trajectory euler)")
+        "predictor-corrector (default: ab; with --trajectory: euler)")
     add("--steps", type=many, help="of the sampler (ab 10, others 40)")
-    add("--rho", type=number(float, 0.1, 10),
-        help="1 - t falls as (1 - k/steps)^rho; 1: equal steps (ab 2, others 1)")
+    add("--last", type=number(float, 0.1, 0.999), metavar="T",
+        help="where the last step starts, steps shrinking towards it (ab 0.98, others: equal steps)")
     add("--sigma", type=number(float, 0, 1e3), help="of em: constant (sqrt(2 beta_t))")
     add("--noise", type=share, help="of ddim: 0 is DDIM, 1 DDPM's ancestral sampler (0)")
     add("--corrections", type=many, help="of pc: Langevin steps after each step (1)")
@@ -333,12 +333,12 @@ def parse(argv=None):
     options = p.parse_args(argv)
     if options.sampler is None:                 # a trajectory needs a step every tenth of t
         options.sampler = "euler" if options.trajectory else "ab"
-    # ten such steps of ab are as good as a hundred equal ones of Euler: README.md
-    steps, rho = (10, 2.0) if options.sampler == "ab" else (40, 1.0)
+    # README.md: ten steps of ab, the last from t = 0.98, do what a hundred equal ones of Euler do
+    steps, last = (10, 0.98) if options.sampler == "ab" else (40, None)
     if options.steps is None:
         options.steps = steps
-    if options.rho is None:
-        options.rho = rho
+    if options.last is None:
+        options.last = last
     _, takes = SAMPLERS[options.sampler]
     for name in ("noise", "sigma", "corrections"):
         if getattr(options, name) is not None and name not in takes:
@@ -387,7 +387,7 @@ def make_simulate(model, judge, options, w, t0, watch):
         given = {name: value for name, value in given.items()
                  if name in takes and value is not None}
         # all but the field by name: predictor_corrector has corrector before x
-        return sampler(partial(field, y=y), x=x, steps=options.steps, t0=t0, rho=options.rho,
+        return sampler(partial(field, y=y), x=x, steps=options.steps, t0=t0, last=options.last,
                        watch=watch, **given)
     return simulate
 
@@ -416,7 +416,7 @@ def main(argv=None):
     t0 = first_time(model, options.guidance)
     panels = []
     for w in options.w:
-        trajectory = Trajectory(options.steps, t0, options.rho) if options.trajectory else None
+        trajectory = Trajectory(options.steps, t0, options.last) if options.trajectory else None
         images = drawn(model, judge, options, w, y, t0, trajectory)
         if judge:
             report(w, images, y, judge, judge_file, model.config["real_diversity"])

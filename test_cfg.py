@@ -1098,8 +1098,7 @@ RUNS = {
     "euler": (euler, {}),
     "heun": (heun, {}),
     "ab": (adams_bashforth, {}),
-    "ab late": (adams_bashforth, dict(rho=2.0)),
-    "em late": (euler_maruyama, dict(rho=2.0)),
+    "ab late": (adams_bashforth, dict(last=0.98)),
     "ddim 0": (ddim, dict(noise=0.0)),
     "ddim 0.5": (ddim, dict(noise=0.5)),
     "ddim 1": (ddim, dict(noise=1.0)),
@@ -1329,40 +1328,48 @@ def test_samplers_show_each_state_once_from_t0_on(run):
     close(end, x + (1 - t) * u)                 # the last step is Euler's for all: beta_1 = 0
 
 
-@pytest.mark.parametrize("t0, rho", [(0.0, 1.0), (0.0, 2.0), (0.5, 1.5)])
-def test_times_begin_at_t0_and_shrink_by_rho(t0, rho):
-    """1 - t = (1 - t0) (1 - k/n)^rho, down to 0; each step ends where the next one begins."""
-    pairs = list(times(8, t0, rho))
-    assert len(pairs) == 8
-    assert pairs[0][0] == t0
+@pytest.mark.parametrize("t0, last", [(0.0, None), (0.0, 0.9), (0.5, 0.9)])
+@pytest.mark.parametrize("steps", [1, 5])
+def test_times_begin_at_t0_and_end_at_1(t0, last, steps):
+    """Each step ends where the next one begins; they are equal, or sqrt(1 - t) falls evenly."""
+    pairs = list(times(steps, t0, last))
+    starts = double([t for t, _ in pairs])
+    ends = double([s for _, s in pairs])
+    assert len(pairs) == steps
+    assert pairs[0][0] == pytest.approx(t0)
     assert pairs[-1][1] == 1
-    assert all(a[1] == b[0] for a, b in zip(pairs, pairs[1:]))
-    left = double([1 - t for t, _ in pairs])
-    share = 1 - torch.arange(8) / 8
-    close(left.log(), math.log(1 - t0) + rho * share.double().log())
+    assert torch.equal(starts[1:], ends[:-1])
+    if steps == 1:
+        return
+    falls = starts if last is None else (1 - starts).sqrt()
+    close(falls.diff().diff(), torch.zeros(steps - 2))
+    if last is not None:
+        close(starts[-1], last)
 
 
-@pytest.mark.parametrize("run", ["euler", "heun", "ab", "em", "ddim 1"])
-def test_every_sampler_takes_its_steps_from_rho(run):
+@pytest.mark.parametrize("run", ["euler", "heun", "ab", "em", "ddim 1", "pc"])
+def test_every_sampler_takes_its_last_step_from_last(run):
     seen = []
+
+    def field(x, t):
+        return x
 
     def watch(t, x):
         seen.append(t)
     start = torch.ones(1, 1).double()
-    integrate(run, lambda x, t: x, start, 5, CondOT(), rho=2.0, watch=watch)
-    corrected = []
-    predictor_corrector(lambda x, t: x, lambda x, t: x, start, 5, CondOT(), rho=2.0,
-                        watch=lambda t, x: corrected.append(t))
-    wanted = [t for t, _ in times(5, 0.0, 2.0)]
-    assert seen == wanted
-    assert corrected == wanted
+    options = dict(last=0.9, watch=watch)
+    if run == "pc":
+        predictor_corrector(field, field, start, 5, CondOT(), **options)
+    else:
+        integrate(run, field, start, 5, CondOT(), **options)
+    assert seen == [t for t, _ in times(5, 0.0, 0.9)]
 
 
-@pytest.mark.parametrize("rho", [1.0, 2.0])
-def test_adams_bashforth_is_exact_where_u_is_a_line_over_t(rho):
-    """u = 2 - 6 t: its integral, but for the first step, which is Euler's: u_0 h."""
-    end = adams_bashforth(lambda x, t: torch.full_like(x, 2 - 6 * t), double([0.0]), 5, rho=rho)
-    _, s = next(times(5, 0.0, rho))
+@pytest.mark.parametrize("last", [None, 0.9])
+def test_adams_bashforth_is_exact_where_u_is_a_line_over_t(last):
+    """u = 2 - 6 t: its integral, 2 t - 3 t^2, but for the first step, which is Euler's."""
+    end = adams_bashforth(lambda x, t: torch.full_like(x, 2 - 6 * t), double([0.0]), 5, last=last)
+    _, s = next(times(5, 0.0, last))
     first = 2 * s
     others = (2 - 3) - (2 * s - 3 * s**2)
     close(end, double([first + others]))

@@ -585,18 +585,18 @@ def test_the_defaults_are_those_that_the_help_names():
     latent = train.parse(["--arch", "dit", "--latent", "vae.pt"])
     assert (latent.predict, latent.out) == ("u", "runs/latent_dit.pt")
     options = sample.parse(["--w", "3"])
-    assert (options.sampler, options.steps, options.rho) == ("ab", 10, 2.0)
+    assert (options.sampler, options.steps, options.last) == ("ab", 10, 0.98)
     assert options.guidance == "cfg"
     assert (options.interval, options.seed, options.out) == ((0.0, 1.0), 0, "samples.png")
 
 
 @pytest.mark.parametrize("line, wanted", [
-    ("--sampler euler", ("euler", 40, 1.0)), ("--sampler pc", ("pc", 40, 1.0)),
-    ("--trajectory", ("euler", 40, 1.0)), ("--trajectory --sampler ab", ("ab", 10, 2.0)),
-    ("--steps 7", ("ab", 7, 2.0)), ("--rho 1.5 --sampler em", ("em", 40, 1.5))])
-def test_steps_and_rho_go_with_the_sampler(line, wanted):
+    ("--sampler euler", ("euler", 40, None)), ("--sampler pc", ("pc", 40, None)),
+    ("--trajectory", ("euler", 40, None)), ("--trajectory --sampler ab", ("ab", 10, 0.98)),
+    ("--steps 7", ("ab", 7, 0.98)), ("--last 0.9 --sampler em", ("em", 40, 0.9))])
+def test_steps_and_last_go_with_the_sampler(line, wanted):
     options = sample.parse(["--w", "3", *line.split()])
-    assert (options.sampler, options.steps, options.rho) == wanted
+    assert (options.sampler, options.steps, options.last) == wanted
 
 
 def test_the_learning_rate_rises_for_100_steps_and_falls_to_0():

@@ -98,11 +98,11 @@ def loss(log):
 
 
 def curves(folder, scales=(0, 0.5, 1, 1.5, 2, 3, 5, 8), n=500):
-    """Three measures over w, side by side, after ten steps."""
+    """Three measures over w, side by side."""
     measures = Measures()
     rows = []
     for w in scales:
-        images, labels, _ = sampled(folder, "weights/unet.pt", w, n, "--steps", 10)
+        images, labels, _ = sampled(folder, "weights/unet.pt", w, n)
         rows.append(measures(images, labels, apart=False))
     panels = []
     for name in ("read", "Frechet", "diversity"):

@@ -1,11 +1,11 @@
 """Quality tables of the README: `python benchmarks/quality.py calls|predict|time|weights`.
 
-calls:   against network calls, for each sampler: the shipped U-Net at w = 1
+calls:   against network calls, for some samplers: the shipped U-Net at w = 1
 predict: what a network should predict: u, eps or z, each after the default run
 time:    after a minute of training from nothing and after the default run, medians of three seeds
 weights: the shipped networks
 The measures are those of measures.py. All samples and networks come from the two commands; samples
-are made in sample.py's default, 40 steps of Euler, except in calls.
+are made as sample.py does by default, except in calls.
 """
 import argparse
 import re
@@ -26,6 +26,14 @@ import command                                                  # noqa: E402
 from train import RECIPES                                       # noqa: E402
 
 GUIDED = 500    # samples at w = 3
+SOLVERS = {                     # name: options of sample.py
+    "Euler": ("--sampler", "euler"),
+    "Euler, last 0.98": ("--sampler", "euler", "--last", 0.98),
+    "Heun, last 0.98": ("--sampler", "heun", "--last", 0.98),
+    "ab, last 0.98": ("--sampler", "ab"),
+    "em": ("--sampler", "em"),
+}
+BUDGETS = 5, 10, 20, 40, 100    # calls of the network
 MINUTE = 220    # steps of training that take about a minute on two cores
 
 
@@ -60,14 +68,13 @@ def calls(folder, measures, n):
 
     A step of Heun is two calls, the last step one: of an even number of calls it leaves one out.
     """
-    show_real(measures, torch.arange(n) % 10, apart=False)
-    for sampler in ("euler", "heun", "em"):
-        for budget in (5, 10, 20, 50, 100, 200):
-            steps = (budget + 1) // 2 if sampler == "heun" else budget
-            options = "--sampler", sampler, "--steps", steps
-            images, labels, seconds = sampled(folder, "weights/unet.pt", 1, n, *options)
-            show(f"{sampler}, {budget} calls, {seconds:.0f} s",
-                 measures(images, labels, apart=False))
+    show_real(measures, torch.arange(n) % 10)
+    for name, options in SOLVERS.items():
+        for budget in BUDGETS:
+            steps = (budget + 1) // 2 if "heun" in options else budget
+            images, labels, seconds = sampled(folder, "weights/unet.pt", 1, n, "--steps", steps,
+                                              *options)
+            show(f"{name}, {budget} calls, {seconds:.0f} s", measures(images, labels))
 
 
 def show_network(folder, measures, n, name, ckpt):
