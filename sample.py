@@ -312,10 +312,10 @@ def parse(argv=None):
     add("--label", type=int, choices=range(10), help="default: 0, 1, ..., 9 in turn")
     add("--n", type=many, help="samples for each w (100, and 10 of the null label)")
     add("--sampler", choices=SAMPLERS, help="ab: Adams-Bashforth; em: Euler-Maruyama; pc: "
-        "predictor-corrector (default: ab; with --trajectory: euler)")
+        "predictor-corrector (ab; euler with --trajectory and where the network predicts eps)")
     add("--steps", type=many, help="of the sampler (ab 10, others 40)")
     add("--last", type=number(float, 0.1, 0.999), metavar="T",
-        help="where the last step starts, steps shrinking towards it (ab 0.98, others: equal steps)")
+        help="the last step starts here, steps shrink towards it (ab 0.98, others: equal steps)")
     add("--sigma", type=number(float, 0, 1e3), help="of em: constant (sqrt(2 beta_t))")
     add("--noise", type=share, help="of ddim: 0 is DDIM, 1 DDPM's ancestral sampler (0)")
     add("--corrections", type=many, help="of pc: Langevin steps after each step (1)")
@@ -331,18 +331,11 @@ def parse(argv=None):
         help="show x_t from noise to digit, its guess of the digit, and where the label tells")
     add("--device", help="as torch names it: cpu, cuda, mps (cuda where there is one, else cpu)")
     options = p.parse_args(argv)
-    if options.sampler is None:                 # a trajectory needs a step every tenth of t
-        options.sampler = "euler" if options.trajectory else "ab"
-    # README.md: ten steps of ab, the last from t = 0.98, do what a hundred equal ones of Euler do
-    steps, last = (10, 0.98) if options.sampler == "ab" else (40, None)
-    if options.steps is None:
-        options.steps = steps
-    if options.last is None:
-        options.last = last
-    _, takes = SAMPLERS[options.sampler]
+    sampler = options.sampler or "ab"
+    _, takes = SAMPLERS[sampler]
     for name in ("noise", "sigma", "corrections"):
         if getattr(options, name) is not None and name not in takes:
-            p.error(f"{options.sampler} takes no --{name}")
+            p.error(f"{sampler} takes no --{name}")
     if options.guidance != "cfg" and options.away_from != NULL:
         p.error(f"--guidance {options.guidance} takes no --away-from")
     if options.guidance == "mean" and not options.noise:
@@ -354,6 +347,23 @@ def parse(argv=None):
     if options.out.endswith(".npz") and (len(options.w) > 1 or options.trajectory):
         p.error(".npz takes one --w, and no --trajectory")
     return options
+
+
+def choose_sampler(options, predict):
+    """Fill in --sampler, --steps and --last where they are not given.
+
+    README.md: ten steps of ab, the last from t = 0.98, do what a hundred equal ones of Euler do.
+    Not so where eps is predicted: errors are largest in the first steps, and ab carries them on.
+    """
+    if options.sampler is None:
+        # a trajectory shows every tenth of t, so it wants many equal steps
+        plain = options.trajectory or predict == "eps"
+        options.sampler = "euler" if plain else "ab"
+    steps, last = (10, 0.98) if options.sampler == "ab" else (40, None)
+    if options.steps is None:
+        options.steps = steps
+    if options.last is None:
+        options.last = last
 
 
 def labels_of(options):
@@ -410,6 +420,7 @@ def main(argv=None):
     began = time.time()
     device = pick_device(options.device)
     model = Model(options.ckpt, device)
+    choose_sampler(options, model.config["predict"])
     judge, judge_file = find_judge(model, guides=options.guidance != "cfg")
     y, rows = labels_of(options)
     y = y.to(device)

@@ -585,17 +585,18 @@ def test_the_defaults_are_those_that_the_help_names():
     latent = train.parse(["--arch", "dit", "--latent", "vae.pt"])
     assert (latent.predict, latent.out) == ("u", "runs/latent_dit.pt")
     options = sample.parse(["--w", "3"])
-    assert (options.sampler, options.steps, options.last) == ("ab", 10, 0.98)
     assert options.guidance == "cfg"
     assert (options.interval, options.seed, options.out) == ((0.0, 1.0), 0, "samples.png")
 
 
-@pytest.mark.parametrize("line, wanted", [
-    ("--sampler euler", ("euler", 40, None)), ("--sampler pc", ("pc", 40, None)),
-    ("--trajectory", ("euler", 40, None)), ("--trajectory --sampler ab", ("ab", 10, 0.98)),
-    ("--steps 7", ("ab", 7, 0.98)), ("--last 0.9 --sampler em", ("em", 40, 0.9))])
-def test_steps_and_last_go_with_the_sampler(line, wanted):
+@pytest.mark.parametrize("line, predict, wanted", [
+    ("", "z", ("ab", 10, 0.98)), ("", "u", ("ab", 10, 0.98)), ("", "eps", ("euler", 40, None)),
+    ("--sampler ab", "eps", ("ab", 10, 0.98)), ("--sampler pc", "z", ("pc", 40, None)),
+    ("--trajectory", "z", ("euler", 40, None)), ("--steps 7", "z", ("ab", 7, 0.98)),
+    ("--last 0.9 --sampler em", "z", ("em", 40, 0.9))])
+def test_steps_and_last_go_with_the_sampler(line, predict, wanted):
     options = sample.parse(["--w", "3", *line.split()])
+    sample.choose_sampler(options, predict)
     assert (options.sampler, options.steps, options.last) == wanted
 
 
@@ -1222,7 +1223,7 @@ def test_help_says_the_defaults_of_each_arch_in_words(run, capsys):
 @pytest.mark.parametrize("line, error", [
     ("train.py", "the following arguments are required: --arch"),
     ("sample.py --w x", "argument --w: invalid float value: 'x'"),
-    ("sample.py --w 1 --noise 1", "euler takes no --noise"),
+    ("sample.py --w 1 --noise 1", "ab takes no --noise"),
 ])
 def test_a_wrong_option_is_named_without_the_usage(run, capsys, line, error):
     """One line."""

@@ -5,7 +5,7 @@ predict: what a network should predict: u, eps or z, each after the default run
 time:    after a minute of training from nothing and after the default run, medians of three seeds
 weights: the shipped networks
 The measures are those of measures.py. All samples and networks come from the two commands; samples
-are made as sample.py does by default, except in calls.
+are made as sample.py does by default, except in calls and predict.
 """
 import argparse
 import re
@@ -77,24 +77,24 @@ def calls(folder, measures, n):
             show(f"{name}, {budget} calls, {seconds:.0f} s", measures(images, labels))
 
 
-def show_network(folder, measures, n, name, ckpt):
+def show_network(folder, measures, n, name, ckpt, *options):
     """A row at w = 1, by all measures; one at w = 3, not told apart: guided, they are to differ."""
-    images, labels, _ = sampled(folder, ckpt, 1, n)
+    images, labels, _ = sampled(folder, ckpt, 1, n, *options)
     show(f"{name}, w = 1", measures(images, labels, shape=True))
-    images, labels, _ = sampled(folder, ckpt, 3, GUIDED)
+    images, labels, _ = sampled(folder, ckpt, 3, GUIDED, *options)
     show(f"{name}, w = 3", measures(images, labels, apart=False))
 
 
 def predict(folder, measures, n):
     """What a network should predict: u, eps or z, on CondOT, after the default run.
 
-    The networks stay in runs/predict_*.pt, and are not trained again.
+    Samples are made in 40 steps of Euler, as ab does not suit eps. The networks stay in runs/predict_*.pt, and are not trained again.
     """
     show_real(measures, torch.arange(n) % 10, shape=True)
     for kind in ("u", "eps", "z"):
         out = Path("runs") / f"predict_{kind}.pt"
         run("train.py", "--arch", "unet", "--predict", kind, "--out", out, "--resume")
-        show_network(folder, measures, n, kind, out)
+        show_network(folder, measures, n, kind, out, "--sampler", "euler")
 
 
 def weights(folder, measures, n):
