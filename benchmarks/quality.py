@@ -88,7 +88,8 @@ def show_network(folder, measures, n, name, ckpt, *options):
 def predict(folder, measures, n):
     """What a network should predict: u, eps or z, on CondOT, after the default run.
 
-    Samples are made in 40 steps of Euler, as ab does not suit eps. The networks stay in runs/predict_*.pt, and are not trained again.
+    Samples are made in 40 steps of Euler, as ab does not suit eps. The networks stay in
+    runs/predict_*.pt, and are not trained again.
     """
     show_real(measures, torch.arange(n) % 10, shape=True)
     for kind in ("u", "eps", "z"):
