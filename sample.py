@@ -352,7 +352,7 @@ def parse(argv=None):
 def choose_sampler(options, predict):
     """Fill in --sampler, --steps and --last where they are not given.
 
-    README.md: ten steps of ab, the last from t = 0.98, do what a hundred equal ones of Euler do.
+    README.md: ten steps of ab, the last from t = 0.98, do more than forty equal ones of Euler.
     Not so where eps is predicted: errors are largest in the first steps, and ab carries them on.
     """
     if options.sampler is None:
