@@ -1323,7 +1323,7 @@ def test_samplers_show_each_state_once_from_t0_on(run):
     assert seen[0][1] is start
     (t, x) = seen[-1]
     u = field(x, t)
-    close(end, x + (1 - t) * u)                 # the last step is Euler's for all but ab: beta_1 = 0
+    close(end, x + (1 - t) * u)     # the last step is Euler's: beta_1 = 0
 
 
 @pytest.mark.parametrize("t0, last", [(0.0, None), (0.0, 0.9), (0.5, 0.9)])
