@@ -178,17 +178,18 @@ def ignore(t, x):
 
 
 def times(steps, t0=0.0, last=None):
-    """The steps, as pairs (t, s): equal ones or, given last, the smaller the later, and the last
-    one from t = last to 1, however many there are.
+    """The steps, as pairs (t, s): equal ones or, given last, the smaller the later. Then the last
+    one goes from t = last to 1, however many there are (but if there is only one).
 
-    Then sqrt(1 - t) falls evenly: Karras et al. 2022, eq. 5, with rho = 2 and 1 - t for sigma. Late
+    So sqrt(1 - t) falls evenly: Karras et al. 2022, eq. 5, with rho = 2 and 1 - t for sigma. Late
     steps decide the grey of single pixels; but at t near 1 a network has seldom been trained.
     """
     if last is None or steps == 1:
         ts = [t0 + (1 - t0) * k / steps for k in range(steps)]
     else:
-        start, end = math.sqrt(1 - t0), math.sqrt(1 - last)
-        roots = [start + (end - start) * k / (steps - 1) for k in range(steps)]
+        start = math.sqrt(1 - t0)
+        end = math.sqrt(1 - last)
+        roots = [start + (end - start) * k / (steps - 1) for k in range(steps)]     # sqrt(1 - t)
         ts = [1 - root**2 for root in roots]
     return pairwise([*ts, 1.0])                 # exactly 1, not nearly: samplers ask if s < 1
 
@@ -219,15 +220,19 @@ def heun(field, x, steps, t0=0.0, last=None, watch=ignore):
 def adams_bashforth(field, x, steps, t0=0.0, last=None, watch=ignore):
     """Order 2 with one call a step: u in the middle of the step is extrapolated from its last two
     values; the first step is Euler's. Hairer et al. 1993, section III.5."""
-    slope = 0                                   # du/dt along the way
+    t_before = None
     u_before = None
     for t, s in times(steps, t0, last):
         watch(t, x)
+        h = s - t
         u = field(x, t)
+        u_middle = u
         if u_before is not None:
-            slope = (u - u_before) / (t - t_before)
-        x = x + (s - t) * (u + (s - t) / 2 * slope)
-        t_before, u_before = t, u
+            slope = (u - u_before) / (t - t_before)         # du/dt along the way
+            u_middle = u + h / 2 * slope
+        x = x + h * u_middle
+        t_before = t
+        u_before = u
     return x
 
 

@@ -35,7 +35,8 @@ def keep_freed_memory():
     """
     if platform.libc_ver()[0] != "glibc":
         return
-    m_trim_threshold, m_mmap_max = -1, -4       # their numbers in malloc.h
+    m_trim_threshold = -1                       # the options' numbers in malloc.h
+    m_mmap_max = -4
     libc = ctypes.CDLL(None)
     libc.mallopt(m_mmap_max, 0)                 # no block by mmap: these go back when freed
     libc.mallopt(m_trim_threshold, 2**31 - 1)   # up to 2 GiB may lie free at the heap's end

@@ -312,7 +312,7 @@ def parse(argv=None):
     add("--label", type=int, choices=range(10), help="default: 0, 1, ..., 9 in turn")
     add("--n", type=many, help="samples for each w (100, and 10 of the null label)")
     add("--sampler", choices=SAMPLERS, help="ab: Adams-Bashforth; em: Euler-Maruyama; pc: "
-        "predictor-corrector (ab; euler with --trajectory and where the network predicts eps)")
+        "predictor-corrector. Default: ab; euler with --trajectory or a network that predicts eps")
     add("--steps", type=many, help="of the sampler (ab 10, others 40)")
     add("--last", type=number(float, 0.1, 0.999), metavar="T",
         help="the last step starts here, steps shrink towards it (ab 0.98, others: equal steps)")

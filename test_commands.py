@@ -844,6 +844,16 @@ def test_every_sampler_serves_every_network(run, path, predict, kinds):
     assert len(different) >= kinds
 
 
+@pytest.mark.parametrize("sampler", ["ab", "euler", "heun", "em", "ddim", "pc"])
+def test_last_reaches_every_sampler(run, sampler):
+    line = f"--ckpt weights/unet.pt --w 3 --n 2 --steps 4 --sampler {sampler}"
+    some, _ = sampled(run, f"{line} --last 0.9")
+    other, _ = sampled(run, f"{line} --last 0.8")
+    again, _ = sampled(run, f"{line} --last 0.8")
+    assert abs(some - other).max() > 20
+    assert abs(again - other).max() == 0
+
+
 def test_guidance_is_applied_within_its_interval_only(run):
     """--interval LO HI: w where LO <= t <= HI, and 1 elsewhere."""
     line = "--ckpt weights/unet.pt --n 2 --steps 4 --sampler euler"      # t = 0, 1/4, 1/2, 3/4
