@@ -1498,12 +1498,27 @@ def test_training_and_sampling_keep_to_their_device(make, options, shape, predic
 
 
 def test_unet_has_the_lectures_stages():
-    """Encoders halve the image and widen its channels: 32 x 16 x 16, 64 x 8 x 8, 128 x 4 x 4."""
+    """Encoders halve the image and widen its channels: 32 x 16 x 16, 64 x 8 x 8, 128 x 4 x 4.
+
+    At the largest size, where a layer costs most, residual layers stand on the way up alone.
+    """
     net = UNet(channels=(32, 64, 128), layers=2)
     assert 1.2e6 < sum(p.numel() for p in net.parameters()) < 1.4e6
     x = torch.randn(2, 1, 32, 32)
     shapes = [h.shape[1:] for h in net.encoder(x, torch.randn(2, 128))]
     assert shapes == [(32, 16, 16), (64, 8, 8), (128, 4, 4)]
+    assert [len(stage) for stage in net.encoder.stages] == [0, 2, 2]
+    assert [len(stage) for stage in net.decoders] == [2, 2]
+
+
+def test_the_way_up_convolves_before_it_doubles():
+    """Nearest neighbours of a convolution at the small size: a quarter of the places."""
+    net = UNet()
+    sizes = []
+    for up in net.ups:
+        up.register_forward_hook(lambda up, args, h: sizes.append((args[0].shape[1:], h.shape[1:])))
+    net(torch.randn(2, 1, 32, 32), torch.rand(2), torch.tensor([3, NULL]))
+    assert sizes == [((128, 4, 4), (64, 4, 4)), ((64, 8, 8), (64, 8, 8))]
 
 
 def test_every_stage_of_the_unet_reaches_its_output(monkeypatch):

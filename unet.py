@@ -73,14 +73,15 @@ class Encoder(nn.Module):
     """First convolution, encoders and midcoder. Returns what every stage ends with.
 
     x (B, C, H, W), e (B, E) -> [(B, c, H/stride, W/stride) for the first stage, then each time half
-    the height and width]; the last of the stages, the smallest, is the midcoder.
+    the height and width]; the last of the stages, the smallest, is the midcoder. layers: how many
+    residual layers each stage has.
     """
 
     def __init__(self, channels, layers, in_channels, stride, E):
         super().__init__()
         self.first = nn.Conv2d(in_channels, channels[0], kernel_size=2 * stride + 1,
                                stride=stride, padding=stride)
-        self.stages = nn.ModuleList(Stage(c, E, layers) for c in channels)
+        self.stages = nn.ModuleList(Stage(c, E, n) for c, n in zip(channels, layers))
         self.downs = nn.ModuleList(nn.Conv2d(c, d, 3, stride=2, padding=1)
                                    for c, d in pairwise(channels))
 
@@ -98,7 +99,9 @@ class UNet(nn.Module):
 
     stride is that of the first convolution: most of the work is done on H/stride x W/stride places,
     and the last convolution writes stride x stride pixels for each of them. So the first stage has
-    many channels: the greys of all these pixels pass through it.
+    many channels: the greys of all these pixels pass through it. It is also where most of the time
+    goes, so its residual layers stand where they are seen, on the way up; on the way down it is the
+    first convolution alone.
     """
 
     def __init__(self, channels=(64, 64, 128), layers=1, in_channels=1, stride=2, E=128):
@@ -106,7 +109,8 @@ class UNet(nn.Module):
         self.stride = stride
         self.time = time_embedding(E)
         self.label = nn.Embedding(10 + 1, E)    # one more for NULL
-        self.encoder = Encoder(channels, layers, in_channels, stride, E)
+        downward = [0] + [layers] * (len(channels) - 1)     # residual layers of the stages
+        self.encoder = Encoder(channels, downward, in_channels, stride, E)
         upward = list(pairwise(channels))[::-1]             # (c, d): d channels below, c above
         self.ups = nn.ModuleList(nn.Conv2d(d, c, 3, padding=1) for c, d in upward)
         self.decoders = nn.ModuleList(Stage(c, E, layers) for c, _ in upward)
@@ -117,7 +121,7 @@ class UNet(nn.Module):
         e = F.silu(self.time(time_features(t, x)) + self.label(y))     # (B, E)
         *skips, h = self.encoder(x, e)          # (B, 64, 16, 16), (B, 64, 8, 8); (B, 128, 4, 4)
         for up, decoder in zip(self.ups, self.decoders):
-            h = up(F.interpolate(h, scale_factor=2))        # twice the size, then d to c channels
+            h = F.interpolate(up(h), scale_factor=2)        # d to c channels, then twice the size
             h = decoder(h + skips.pop(), e)
         h = self.last(F.silu(self.norm(h)))     # (B, C stride stride, H/stride, W/stride)
         return F.pixel_shuffle(h, self.stride)  # (B, C, H, W)
@@ -129,7 +133,7 @@ class NoisyClassifier(nn.Module):
     def __init__(self, channels=(24, 48, 64), layers=1, in_channels=1, stride=2, E=128):
         super().__init__()
         self.time = time_embedding(E)
-        self.encoder = Encoder(channels, layers, in_channels, stride, E)
+        self.encoder = Encoder(channels, [layers] * len(channels), in_channels, stride, E)
         self.norm = nn.GroupNorm(8, channels[-1])
         self.last = nn.Linear(channels[-1], 10)
 
