@@ -21,7 +21,7 @@ from vae import vae_loss
 
 RECIPES = {                                     # the defaults of --steps, --batch and --lr
     "unet": dict(steps=1800, batch=128, lr=2e-3),
-    "dit": dict(steps=4200, batch=64, lr=8e-3),
+    "dit": dict(steps=4200, batch=64, lr=4e-3),
     "vae": dict(steps=2000, batch=128, lr=4e-3),
     "classifier": dict(steps=1800, batch=128, lr=4e-3),
 }
