@@ -97,11 +97,11 @@ class Encoder(nn.Module):
 class UNet(nn.Module):
     """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0..9 or NULL = 10.
 
-    stride is that of the first convolution: most of the work is done on H/stride x W/stride places,
-    and the last convolution writes stride x stride pixels for each of them. So the first stage has
-    many channels: the greys of all these pixels pass through it. It is also where most of the time
-    goes, so its residual layers stand where they are seen, on the way up; on the way down it is the
-    first convolution alone.
+    stride is that of the first convolution: the largest stage works on H/stride x W/stride places,
+    and the last convolution writes stride x stride pixels for each of them. The greys of all these
+    pixels pass through that stage, so it has many channels, and takes most of the time. Its
+    residual layers are therefore on the way up only, where the pixels are written; on the way down
+    it is no more than the first convolution.
     """
 
     def __init__(self, channels=(64, 64, 128), layers=1, in_channels=1, stride=2, E=128):
