@@ -590,9 +590,9 @@ def test_the_defaults_are_those_that_the_help_names():
 
 
 @pytest.mark.parametrize("line, predict, wanted", [
-    ("", "z", ("ab", 10, 0.98)), ("", "u", ("ab", 10, 0.98)), ("", "eps", ("euler", 40, None)),
-    ("--sampler ab", "eps", ("ab", 10, 0.98)), ("--sampler pc", "z", ("pc", 40, None)),
-    ("--trajectory", "z", ("euler", 40, None)), ("--steps 7", "z", ("ab", 7, 0.98)),
+    ("", "z", ("ab", 10, 0.975)), ("", "u", ("ab", 10, 0.975)), ("", "eps", ("euler", 40, None)),
+    ("--sampler ab", "eps", ("ab", 10, 0.975)), ("--sampler pc", "z", ("pc", 40, None)),
+    ("--trajectory", "z", ("euler", 40, None)), ("--steps 7", "z", ("ab", 7, 0.975)),
     ("--last 0.9 --sampler em", "z", ("em", 40, 0.9))])
 def test_steps_and_last_go_with_the_sampler(line, predict, wanted):
     options = sample.parse(["--w", "3", *line.split()])
@@ -1225,7 +1225,7 @@ def test_help_says_the_defaults_of_each_arch_in_words(run, capsys):
     """--steps, --batch and --lr depend on --arch."""
     assert run("train.py --help") == 0
     words = " ".join(capsys.readouterr().out.split())
-    assert "(unet 1200, dit 4200, vae 2000, classifier 1800)" in words
+    assert "(unet 1800, dit 4200, vae 2000, classifier 1800)" in words
     assert "(unet 128, dit 64, vae 128, classifier 128)" in words
     assert "(unet 0.004, dit 0.008, vae 0.004, classifier 0.004)" in words
 

@@ -28,13 +28,13 @@ from train import RECIPES                                       # noqa: E402
 GUIDED = 500    # samples at w = 3
 SOLVERS = {                     # name: options of sample.py
     "Euler": ("--sampler", "euler"),
-    "Euler, last 0.98": ("--sampler", "euler", "--last", 0.98),
-    "Heun, last 0.98": ("--sampler", "heun", "--last", 0.98),
-    "ab, last 0.98": ("--sampler", "ab"),
+    "Euler, last 0.975": ("--sampler", "euler", "--last", 0.975),
+    "Heun, last 0.975": ("--sampler", "heun", "--last", 0.975),
+    "ab, last 0.975": ("--sampler", "ab"),
     "em": ("--sampler", "em"),
 }
 BUDGETS = 5, 10, 20, 40, 100    # calls of the network
-MINUTE = 220    # steps of training that take about a minute on two cores
+MINUTE = 340    # steps of training that take about a minute on two cores
 
 
 def run(script, *options):
