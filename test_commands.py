@@ -1227,7 +1227,7 @@ def test_help_says_the_defaults_of_each_arch_in_words(run, capsys):
     words = " ".join(capsys.readouterr().out.split())
     assert "(unet 1800, dit 4200, vae 2000, classifier 1800)" in words
     assert "(unet 128, dit 64, vae 128, classifier 128)" in words
-    assert "(unet 0.004, dit 0.008, vae 0.004, classifier 0.004)" in words
+    assert "(unet 0.002, dit 0.004, vae 0.004, classifier 0.004)" in words
 
 
 @pytest.mark.parametrize("line, error", [
