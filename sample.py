@@ -352,8 +352,8 @@ def parse(argv=None):
 def choose_sampler(options, predict):
     """Fill in --sampler, --steps and --last where they are not given.
 
-    After ten steps, the last from t = 0.975, samples by ab are nearer to real digits than samples by
-    Euler (README.md). Not so where eps is predicted: errors are largest in the first steps, and ab
+    After ten steps, the last from t = 0.975, ab gives samples nearer to real digits than Euler does
+    (README.md). Not so where eps is predicted: errors are largest in the first steps, and ab
     carries them on.
     """
     if options.sampler is None:
