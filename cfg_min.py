@@ -219,7 +219,11 @@ def heun(field, x, steps, t0=0.0, last=None, watch=ignore):
 
 def adams_bashforth(field, x, steps, t0=0.0, last=None, watch=ignore):
     """Order 2 with one call a step: u in the middle of the step is extrapolated from its last two
-    values; the first step is Euler's. Hairer et al. 1993, section III.5."""
+    values. Hairer et al. 1993, section III.5.
+
+    The first step is Euler's, and so is the last: u is least certain near t = 1, and Euler's step
+    to t = 1 ends at the z that u is towards.
+    """
     t_before = None
     u_before = None
     for t, s in times(steps, t0, last):
@@ -227,7 +231,7 @@ def adams_bashforth(field, x, steps, t0=0.0, last=None, watch=ignore):
         h = s - t
         u = field(x, t)
         u_middle = u
-        if u_before is not None:
+        if u_before is not None and s < 1:
             slope = (u - u_before) / (t - t_before)         # du/dt along the way
             u_middle = u + h / 2 * slope
         x = x + h * u_middle
