@@ -331,22 +331,25 @@ def parse(argv=None):
         help="show x_t from noise to digit, its guess of the digit, and where the label tells")
     add("--device", help="as torch names it: cpu, cuda, mps (cuda where there is one, else cpu)")
     options = p.parse_args(argv)
-    sampler = options.sampler or "ab"
-    _, takes = SAMPLERS[sampler]
-    for name in ("noise", "sigma", "corrections"):
-        if getattr(options, name) is not None and name not in takes:
-            p.error(f"{sampler} takes no --{name}")
-    if options.guidance != "cfg" and options.away_from != NULL:
-        p.error(f"--guidance {options.guidance} takes no --away-from")
-    if options.guidance == "mean" and not options.noise:
-        p.error("--guidance mean goes with --sampler ddim --noise 1")
-    if options.interval[0] > options.interval[1]:
-        p.error("--interval LO HI needs LO <= HI")
-    if options.out[-4:] not in (".png", ".npz"):
-        p.error("--out must end in .png or .npz")
-    if options.out.endswith(".npz") and (len(options.w) > 1 or options.trajectory):
-        p.error(".npz takes one --w, and no --trajectory")
+    check(options, p.error)
     return options
+
+
+def check(options, error):
+    """Call error with one line where options do not go together."""
+    for name, sampler in (("noise", "ddim"), ("sigma", "em"), ("corrections", "pc")):
+        if getattr(options, name) is not None and options.sampler != sampler:
+            error(f"--{name} goes with --sampler {sampler}")
+    if options.guidance != "cfg" and options.away_from != NULL:
+        error(f"--guidance {options.guidance} takes no --away-from")
+    if options.guidance == "mean" and not options.noise:
+        error("--guidance mean goes with --sampler ddim --noise 1")
+    if options.interval[0] > options.interval[1]:
+        error("--interval LO HI needs LO <= HI")
+    if options.out[-4:] not in (".png", ".npz"):
+        error("--out must end in .png or .npz")
+    if options.out.endswith(".npz") and (len(options.w) > 1 or options.trajectory):
+        error(".npz takes one --w, and no --trajectory")
 
 
 def choose_sampler(options, predict):

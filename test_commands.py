@@ -1233,7 +1233,9 @@ def test_help_says_the_defaults_of_each_arch_in_words(run, capsys):
 @pytest.mark.parametrize("line, error", [
     ("train.py", "the following arguments are required: --arch"),
     ("sample.py --w x", "argument --w: invalid float value: 'x'"),
-    ("sample.py --w 1 --noise 1", "ab takes no --noise"),
+    ("sample.py --w 1 --noise 1", "--noise goes with --sampler ddim"),
+    ("sample.py --w 1 --sampler ddim --sigma 1", "--sigma goes with --sampler em"),
+    ("sample.py --w 1 --sampler em --corrections 2", "--corrections goes with --sampler pc"),
 ])
 def test_a_wrong_option_is_named_without_the_usage(run, capsys, line, error):
     """One line."""
