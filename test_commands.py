@@ -590,8 +590,8 @@ def test_the_defaults_are_those_that_the_help_names():
 
 
 @pytest.mark.parametrize("line, predict, wanted", [
-    ("", "z", ("ab", 10, 0.975)), ("", "u", ("ab", 10, 0.975)), ("", "eps", ("euler", 40, None)),
-    ("--sampler ab", "eps", ("ab", 10, 0.975)), ("--sampler pc", "z", ("pc", 40, None)),
+    ("", "z", ("ab", 8, 0.975)), ("", "u", ("ab", 8, 0.975)), ("", "eps", ("euler", 40, None)),
+    ("--sampler ab", "eps", ("ab", 8, 0.975)), ("--sampler pc", "z", ("pc", 40, None)),
     ("--trajectory", "z", ("euler", 40, None)), ("--steps 7", "z", ("ab", 7, 0.975)),
     ("--last 0.9 --sampler em", "z", ("em", 40, 0.9))])
 def test_steps_and_last_go_with_the_sampler(line, predict, wanted):

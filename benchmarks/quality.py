@@ -33,7 +33,7 @@ SOLVERS = {                     # name: options of sample.py
     "ab, last 0.975": ("--sampler", "ab"),
     "em": ("--sampler", "em"),
 }
-BUDGETS = 5, 10, 20, 40         # calls of the network
+BUDGETS = 8, 20, 40             # calls of the network
 MINUTE = 340    # steps of training that take about a minute on two cores
 
 
