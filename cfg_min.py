@@ -291,7 +291,8 @@ def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, last=None,
         added = beta**2 - (alpha / alpha_s * beta_s)**2
         variance = (beta_s / beta)**2 * added                   # beta~ = Var(x_s|x_t, z)
         sigma = noise * variance.clamp(min=0).sqrt()
-        mean = alpha_s * z + (beta_s**2 - sigma**2).sqrt() * eps
+        kept = (beta_s**2 - sigma**2).clamp(min=0)              # rounding may leave less than 0
+        mean = alpha_s * z + kept.sqrt() * eps
         if push is not None:
             mean = mean + sigma**2 * push(mean, s)
         x = mean

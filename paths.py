@@ -2,7 +2,8 @@
 
 A path joins noise eps ~ N(0, I), at time t = 0, to a data point z, at t = 1:
 
-    x = alpha_t z + beta_t eps              alpha goes from 0 to 1, beta from 1 to 0.
+    x = alpha_t z + beta_t eps              alpha goes from 0 to 1, beta from 1 to 0
+                                            (DDPM: nearly; alpha_0 is 0.0066).
 
 So x given z follows p_t(x|z) = N(x; alpha_t z, beta_t^2 I), and it moves with the velocity
 
@@ -51,7 +52,7 @@ class GaussianPath:
         return alpha * z + beta * eps
 
     def target(self, z, eps, t):
-        """u_t(x|z) = alpha' z + beta' eps at x = alpha z + beta eps; divides by nothing."""
+        """u_t(x|z) = alpha' z + beta' eps at x = alpha z + beta eps."""
         _, _, d_alpha, d_beta = self.at(t, z)
         return d_alpha * z + d_beta * eps
 

@@ -7,6 +7,7 @@ import os
 import pickle
 import platform
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -710,6 +711,19 @@ def test_ctrl_c_keeps_the_step_that_it_interrupts(run, unet, monkeypatch):
     assert same(weights("a.pt"), weights(unet))
 
 
+def test_ctrl_c_while_a_step_is_reported_keeps_the_next_one(run, monkeypatch):
+    """None is lost whenever it comes: the step after it is written, before the end."""
+    show = train.Progress.show
+
+    def interrupted(progress, last):
+        if progress.done == 1:
+            signal.raise_signal(signal.SIGINT)
+        show(progress, last)
+    monkeypatch.setattr(train.Progress, "show", interrupted)
+    assert run(f"{SHORT_UNET} --out a.pt") == 130
+    assert contents("a.pt")["step"] == 2
+
+
 def test_a_loss_that_is_not_finite_keeps_the_last_good_step(run, monkeypatch, capsys):
     """nan from the fifth step on: one line, and the checkpoint of the third step stays."""
     loss_of = train.loss_of
@@ -823,6 +837,14 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(run, monkeypatch, ca
     monkeypatch.setenv("WORLD_SIZE", "3")
     assert run(SHORT_UNET) == 2
     assert "--batch 8 cannot be shared by 3 processes" in capsys.readouterr().err
+
+
+def test_a_finished_run_has_nothing_to_do_for_several_processes(run, unet, monkeypatch, capsys):
+    """--resume ends before the processes are joined."""
+    shutil.copy(unet, "a.pt")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(f"{SHORT_UNET} --out a.pt --resume") == 0
+    assert "is finished" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------- sampling

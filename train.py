@@ -297,12 +297,13 @@ def train(config, images, labels, out, save_every, resume):
         update_average(average, net, step, config["ema"])
         progress.add(loss)
 
-        last = step + 1 == steps or interrupt.asked
+        stop = interrupt.asked                  # once: a Ctrl-C from here on is for the next step
+        last = stop or step + 1 == steps
         if last or (step + 1) % save_every == 0:
             progress.check(out)
             save(out, config, step + 1, net, average, optimizers)
         progress.show(last)
-        if interrupt.asked:
+        if stop:
             raise KeyboardInterrupt
     return average
 
@@ -413,7 +414,7 @@ def main(argv=None):
     if options.resume and not resume:
         say(f"{options.out} does not exist yet: starting at the beginning")
     average = train(config, images, y_train, options.out, options.save_every, resume)
-    if world > 1:
+    if dist.is_initialized():                   # not so where a finished run had nothing to do
         dist.destroy_process_group()
     if average is not None:
         report(options.arch, average, x_test, y_test)

@@ -97,6 +97,8 @@ class Encoder(nn.Module):
 class UNet(nn.Module):
     """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0..9 or NULL = 10.
 
+    H and W are multiples of stride 2^(stages - 1), by default 8; shapes below are of H = W = 32.
+
     stride is that of the first convolution: the largest stage works on H/stride x W/stride places,
     and the last convolution writes stride x stride pixels for each of them. The greys of all these
     pixels pass through that stage, so it has many channels, and takes most of the time. Its
