@@ -221,8 +221,8 @@ def adams_bashforth(field, x, steps, t0=0.0, last=None, watch=ignore):
     """Order 2 with one call a step: u in the middle of the step is extrapolated from its last two
     values. Hairer et al. 1993, section III.5.
 
-    The first step is Euler's, and so is the last: u is least certain near t = 1, and Euler's step
-    to t = 1 ends at the z that u is towards.
+    The first step is Euler's, and so is the last: u is least certain near t = 1, and without
+    extrapolation the end, on CondOT, is the E[z|x] that u implies.
     """
     t_before = None
     u_before = None

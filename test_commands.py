@@ -712,7 +712,7 @@ def test_ctrl_c_keeps_the_step_that_it_interrupts(run, unet, monkeypatch):
 
 
 def test_ctrl_c_while_a_step_is_reported_keeps_the_next_one(run, monkeypatch):
-    """None is lost whenever it comes: the step after it is written, before the end."""
+    """It is not too late for one more step: that is taken, and written, and then the run ends."""
     show = train.Progress.show
 
     def interrupted(progress, last):
