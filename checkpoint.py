@@ -1,31 +1,29 @@
 """Networks by name; checkpoints, written and read; the device and its precision.
 
 A checkpoint is a dict: config (all that its run depends on, as train.py lists it), step, weights
-(the averaged ones) and, until the last step, what --resume needs: net, optimizers.
+and a checksum of all that is in it. That of a latent model has its autoencoder as well (config and
+weights). Until the last step it has what --resume needs: optimizer, schedule.
 """
 import contextlib
-import inspect
 import io
 import os
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 
 import torch
 
-from cfg_min import u_from_eps, u_from_z
+from classifier import NoisyClassifier
 from command import BadInput, write_whole
+from ddpm import EpsField
 from dit import DiT
-from paths import PATHS
-from unet import NoisyClassifier, UNet
+from paths import PATHS, DataField
+from unet import UNet
 from vae import VAE
 
 HERE = Path(__file__).parent
-NETS = {"unet": UNet, "dit": DiT, "vae": VAE, "classifier": NoisyClassifier}
-FIELDS = set(NETS) - {"vae", "classifier"}      # the networks that can be sampled from
-KEYS = {"config", "step", "weights"}
-CONFIG_KEYS = {"arch", "net", "path", "predict", "latent", "checksum", "real_diversity"}
-
+NETS = {"unet": UNet, "dit": DiT, "classifier": NoisyClassifier, "vae": VAE}
 PIXELS_SHAPE = 1, 32, 32
 LATENT_SHAPE = 4, 8, 8
 LATENT_OPTIONS = {                              # of the networks that work on latents
@@ -34,84 +32,116 @@ LATENT_OPTIONS = {                              # of the networks that work on l
 }
 
 
-def save(file, checkpoint):
+def build(config):
+    """The untrained network of a config. A U-Net or DiT is a vector field, net(x, t, y) -> u."""
+    net = NETS[config["arch"]](**config["net"])
+    predict = config["predict"]
+    if predict == "z":
+        return DataField(net, PATHS[config["path"]])
+    if predict == "eps":                        # pixels lie in [-1, 1], latents hardly beyond 4
+        return EpsField(net, PATHS[config["path"]], bound=4.0 if config["latent"] else 1.0)
+    if predict in ("u", None):                  # None: classifier and autoencoder
+        return net
+    raise ValueError(f"predict = {predict}")
+
+
+def use_once(net, config):
+    """What net returns for one image of zeros, or for one latent."""
+    x = torch.zeros(1, *(LATENT_SHAPE if config["latent"] else PIXELS_SHAPE))
+    if config["arch"] == "vae":
+        return net.decode(net.encode(x))
+    if config["arch"] == "classifier":
+        return net(x, 0.5)
+    return net(x, 0.5, torch.zeros(1, dtype=torch.int64))
+
+
+# ---------------------------------------------------------------- files
+
+def checksum_of(value, crc=0):
+    """The crc32 of all that is in nested dicts, lists and tensors."""
+    if isinstance(value, torch.Tensor):
+        return zlib.crc32(value.detach().cpu().reshape(-1).view(torch.uint8).numpy(), crc)
+    if isinstance(value, dict):
+        value = list(value.items())
+    if isinstance(value, (list, tuple)):
+        for part in value:
+            crc = checksum_of(part, crc)
+        return crc
+    return zlib.crc32(repr(value).encode(), crc)
+
+
+def save(file, saved):
     """Write a checkpoint whole; a full disk is an OSError, and the old file stays."""
     buffer = io.BytesIO()
-    torch.save(checkpoint, buffer)
+    torch.save(dict(saved, checksum=checksum_of(saved)), buffer)
     write_whole(file, buffer.getbuffer())
 
 
-def read(file, device="cpu"):
-    """The dict in a checkpoint file. Raises BadInput."""
-    if not Path(file).exists():
-        file = HERE / file                      # weights/ is there from everywhere
+def damaged(file):
+    return BadInput(f"{file}: not a checkpoint of this project, or a damaged one")
+
+
+def read(file):
+    """The dict in a checkpoint file, on the CPU. Raises BadInput."""
+    place = Path(file)
+    if not place.is_file() and (HERE / place).is_file():
+        place = HERE / place                    # weights/ is there from everywhere
+    if not place.is_file():
+        reason = "not a file" if place.exists() else "no such file"
+        raise BadInput(f"{file}: {reason}; train.py makes a checkpoint")
     try:
-        with zipfile.ZipFile(file) as parts:
-            if parts.testzip():                 # a wrong checksum: torch.load does not look
+        with zipfile.ZipFile(place) as parts:
+            if parts.testzip():                 # torch.load does not look at the checksums
                 raise zipfile.BadZipFile
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # torch's words on pickles that it then refuses
-            checkpoint = torch.load(file, map_location=device, weights_only=True)
-    except OSError as error:
-        raise BadInput(f"{file}: {error.strerror}; train.py makes one") from None
-    except Exception:                           # both raise whatever they stumble over
-        raise not_a_checkpoint(file) from None
-    if not has_keys(checkpoint, KEYS) or not is_config(checkpoint["config"]):
-        raise not_a_checkpoint(file)
-    return checkpoint
+            saved = torch.load(place, map_location="cpu", weights_only=True)
+        if saved.pop("checksum") != checksum_of(saved):
+            raise ValueError
+        saved["step"] < saved["config"]["steps"]            # both are there, and numbers
+    except (MemoryError, PermissionError):
+        raise
+    except Exception:                           # zipfile and torch raise whatever they stumble over
+        raise damaged(file) from None
+    return saved
 
 
-def has_keys(value, keys):
-    return isinstance(value, dict) and keys <= set(value)
-
-
-def is_config(value):
-    """Whether this is the config of a network that can be built here."""
-    if not has_keys(value, CONFIG_KEYS):
-        return False
-    # list: what a damaged file has may not hash
-    if value["arch"] not in list(NETS) or value["path"] not in list(PATHS):
-        return False
-    if not isinstance(value["net"], dict):
-        return False
-    options = inspect.signature(NETS[value["arch"]]).parameters
-    return set(value["net"]) <= set(options)
-
-
-def not_a_checkpoint(file):
-    return BadInput(f"{file}: not a checkpoint of train.py, or a damaged one")
+def rebuild(config, weights, file):
+    """The network of a checkpoint, tried once, in evaluation mode. Raises BadInput."""
+    try:
+        net = build(config)
+        net.load_state_dict(weights)
+        net.eval()
+        with torch.no_grad():
+            finite = use_once(net, config).isfinite().all()
+        if not finite:
+            raise ValueError
+    except Exception:                           # a damaged config may fail anywhere
+        raise damaged(file) from None
+    return net
 
 
 def load(file, device="cpu"):
-    """net and config of a checkpoint, with the averaged weights, ready to use. Raises BadInput.
+    """net and config of a checkpoint, ready to use. Raises BadInput.
 
-    Of a U-Net or DiT, net(x, t, y) is a vector field u, whatever the network itself predicts. An
-    autoencoder and a noisy classifier are themselves. config has the checkpoint's step as well.
+    net is an nn.Module in evaluation mode. That of a U-Net or DiT is a vector field,
+    net(x, t, y) -> u, whatever the network itself predicts. config has the step as well.
     """
-    checkpoint = read(file, device)
-    config = dict(checkpoint["config"], step=checkpoint["step"])
-    net = NETS[config["arch"]](**config["net"]).to(device)
-    try:
-        net.load_state_dict(checkpoint["weights"])
-    except (RuntimeError, TypeError):           # of another network
-        raise not_a_checkpoint(file) from None
-    net.eval().requires_grad_(False)
-    if config["arch"] in FIELDS:
-        net = vector_field(net, config)
-    return net, config
+    saved = read(file)
+    net = rebuild(saved["config"], saved["weights"], file)
+    return net.to(device), dict(saved["config"], step=saved["step"])
 
 
-def vector_field(net, config):
-    """net(x, t, y) -> u of a network that predicts what config says: u, eps or z."""
-    path = PATHS[config["path"]]
-    # bounds of z: pixels lie in [-1, 1], latents, of variance 1, hardly beyond 4
-    high = 4.0 if config["latent"] else 1.0
-    if config["predict"] == "z":                # not from above: pixels near white would all be 255
-        return u_from_z(net, path, low=-high)
-    if config["predict"] == "eps":              # both, as an eps may imply any z
-        return u_from_eps(net, path, -high, high)
-    return net
+def load_autoencoder(file, device="cpu"):
+    """The autoencoder that a latent model's checkpoint carries. Raises BadInput."""
+    saved = read(file)
+    if "autoencoder" not in saved:
+        raise damaged(file)
+    vae = rebuild(**saved["autoencoder"], file=file)
+    return vae.to(device)
 
+
+# ---------------------------------------------------------------- device
 
 def pick_device(name):
     """The torch.device; None is CUDA where there is one, else the CPU. Raises BadInput."""
@@ -122,7 +152,7 @@ def pick_device(name):
         empty = torch.empty(0, device=name)
         empty.cpu()                             # not so from meta, which has no values
         return empty.device
-    except (RuntimeError, AssertionError):
+    except Exception:                           # each device has its own way to be missing
         raise BadInput(f"--device {name}: not to be had here; try --device cpu") from None
 
 

@@ -1,12 +1,15 @@
-"""What train.py and sample.py share: errors in one line, memory, checked numbers, whole files."""
+"""What all commands share: errors in one line, checked numbers, whole files, progress, Ctrl-C."""
 import argparse
-import ctypes
-import glob
 import os
-import platform
+import re
 import shutil
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
+
+import torch
 
 
 class BadInput(ValueError):
@@ -14,32 +17,46 @@ class BadInput(ValueError):
 
 
 def run(main):
-    """main()'s exit status; bad input or an OSError is one line and 2, Ctrl-C is 130."""
-    keep_freed_memory()
+    """main()'s exit status. Bad input, a full disk or memory is one line and 2; Ctrl-C is 130."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")   # names that a terminal cannot show
     try:
-        return main()
+        status = main()
+        if sys.stdout:
+            sys.stdout.flush()                  # a full disk shows here, not at exit
+        return status
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        os._exit(1)                             # nobody reads stdout any more
+    except BrokenPipeError:                     # nobody reads stdout any more
+        silence_stdout()
+        return 0
     except (BadInput, OSError) as error:
-        print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        return 2
+        complain(error)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        complain("out of memory: try a smaller --batch, --n or file of data")
+    return 2
 
 
-def keep_freed_memory():
-    """Let the C library keep the memory that this process frees: the next step needs as much again.
+def complain(error):
+    """One line on stderr, in place of a line of progress."""
+    wipe = "\r\033[K" if os.isatty(2) else ""
+    line = " ".join(str(error).split())
+    print(f"{wipe}{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    if isinstance(error, OSError):
+        silence_stdout()                        # it may be stdout that is full
 
-    Otherwise glibc hands large blocks back, and the system clears every page of the next ones,
-    which costs a tenth of the time of training and of sampling.
-    """
-    if platform.libc_ver()[0] != "glibc":
-        return
-    m_trim_threshold = -1                       # the options' numbers in malloc.h
-    m_mmap_max = -4
-    libc = ctypes.CDLL(None)
-    libc.mallopt(m_mmap_max, 0)                 # no block by mmap: these go back when freed
-    libc.mallopt(m_trim_threshold, 2**31 - 1)   # up to 2 GiB may lie free at the heap's end
+
+def silence_stdout():
+    """Let what is left in stdout's buffer go nowhere, so that Python's exit does not fail too."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def is_out_of_memory(error):
+    """numpy and Python raise MemoryError, torch its own, and on a CPU a plain RuntimeError."""
+    return (isinstance(error, (MemoryError, torch.OutOfMemoryError))
+            or "can't allocate memory" in str(error))
 
 
 class Parser(argparse.ArgumentParser):
@@ -47,6 +64,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self._negative_number_matcher = re.compile(r"-\.?\d")   # -1e-1 is a number too
 
     def error(self, message):
         self.exit(2, f"{self.prog}: error: {message}\n")
@@ -63,21 +81,94 @@ def number(kind, low, high):
     return check
 
 
-def in_place(line):
-    """The line as a terminal shows it in place of the one before: cut to its width, rest wiped."""
-    columns = shutil.get_terminal_size().columns
-    return f"\r{line[:columns - 1]}\033[K"
-
-
 def write_whole(path, data):
     """Write bytes under a temporary name, then rename: path is whole or stays as it was."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        left.unlink(missing_ok=True)            # by a write that was killed
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def try_place(path):
+    """Raise BadInput or OSError where no file can be written at path, before the work begins."""
+    path = Path(path)
+    if path.exists() and not path.is_file():
+        raise BadInput(f"--out {path}: this is not a plain file; choose another name")
+    probe = path.with_name(f".{path.name}.probe")
+    write_whole(probe, b"")
+    probe.unlink(missing_ok=True)
+
+
+def processes():
+    """This process's rank, and how many there are: torchrun says so. Raises BadInput."""
+    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return 0, 1
+    try:
+        rank, world, _, _ = (os.environ[name] for name in names)
+        return int(rank), int(world)
+    except (KeyError, ValueError):
+        raise BadInput(f"{', '.join(names)}: torchrun sets all of them; unset WORLD_SIZE to train "
+                       "in one process") from None
+
+
+def say(text, end="\n"):
+    """Print, in the first process only."""
+    rank, _ = processes()
+    if rank == 0:
+        print(text, end=end, flush=True)
+
+
+class Progress:
+    """How far a loop is: a line in place on a terminal, else a line every ten seconds."""
+
+    def __init__(self, steps, done=0, unit="step"):
+        self.steps = steps
+        self.unit = unit
+        self.terminal = os.isatty(1)
+        self.began = time.monotonic()
+        self.shown = self.began
+        self.first = done
+
+    def is_due(self):
+        return time.monotonic() - self.shown > (0.2 if self.terminal else 10)
+
+    def show(self, done, text=""):
+        self.shown = time.monotonic()
+        rate = (done - self.first) / (self.shown - self.began)
+        left = (self.steps - done) / rate
+        line = f"{self.unit} {done}/{self.steps}  {text}{rate:.1f} {self.unit}s/s  {left:.0f} s left"
+        if self.terminal:                       # cut to the width, over the line before
+            line = f"\r{line[:shutil.get_terminal_size().columns - 1]}\033[K"
+        say(line, end="" if self.terminal else "\n")
+
+    def wipe(self):
+        if self.terminal:
+            say("\r\033[K", end="")
+
+
+class Interrupt:
+    """While it is open, the first Ctrl-C or SIGTERM is noted, and a second one stops at once."""
+
+    def __init__(self):
+        self.asked = False
+        self.before = {}
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():   # others get no signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self.before[number] = signal.signal(number, self.note)
+        return self
+
+    def note(self, number, frame):
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __exit__(self, *error):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)

@@ -1,6 +1,6 @@
 """The diffusion transformer (DiT): patches are tokens; t and y modulate every block (adaLN-Zero).
 
-Lecture 4, "Diffusion Transformer" (004_4aa8a09610484fd5.txt, section 2.2); Peebles & Xie 2023.
+Lecture 4, "Diffusion Transformer (DiT)"; Peebles & Xie 2023.
 
 B: batch, C: channels of x, H x W: its size, p: the width of a patch, N = (H/p)(W/p): the tokens,
 D: the width of a token, e (B, D): t and y embedded.
@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from unet import time_embedding, time_features, zero
+from unet import TimeEmbedding, zero
 
 
 def patchify(x, p):
@@ -19,7 +19,7 @@ def patchify(x, p):
     B, C, H, W = x.shape
     x = x.view(B, C, H // p, p, W // p, p)
     x = x.permute(0, 2, 4, 1, 3, 5)             # (B, H/p, W/p, C, p, p)
-    return x.reshape(B, -1, C * p * p)
+    return x.reshape(B, (H // p) * (W // p), C * p * p)
 
 
 def unpatchify(tokens, p, shape):
@@ -47,8 +47,7 @@ def modulate(x, shift, scale):
 
 
 def attend(q, k, v):
-    """softmax(q k^T / sqrt(D/heads)) v; q, k, v and the result: (B, heads, N, D/heads). Vaswani et
-    al. 2017, eq. 1."""
+    """softmax(q k^T / sqrt(D/heads)) v; all (B, heads, N, D/heads). Vaswani et al. 2017."""
     scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])     # (B, heads, N, N)
     return scores.softmax(dim=-1) @ v
 
@@ -89,17 +88,17 @@ class DiT(nn.Module):
         self.last = zero(nn.Linear(width, numbers))
         # fixed, so not saved
         self.register_buffer("positions", positions(size // patch, width), persistent=False)
-        self.time = time_embedding(width)
+        self.time = TimeEmbedding(width)
         self.label = nn.Embedding(10 + 1, width)            # one more for NULL
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.modulation = zero(nn.Linear(width, 2 * width))
 
     def forward(self, x, t, y):
-        e = F.silu(self.time(time_features(t, x)) + self.label(y))     # (B, D)
+        e = F.silu(self.time(t, x) + self.label(y))         # (B, D)
         h = self.embed(patchify(x, self.patch))             # (B, N, D)
-        h = h + self.positions.to(h.dtype)      # float32 positions would make h float32
+        h = h + self.positions.to(h.dtype)
         for block in self.blocks:
             h = block(h, e)
         shift, scale = self.modulation(e).chunk(2, dim=1)   # (B, D) each
         h = self.last(modulate(h, shift, scale))            # (B, N, C p p)
-        return unpatchify(h, self.patch, x.shape)
+        return unpatchify(h, self.patch, x.shape).to(x.dtype)

@@ -1,6 +1,7 @@
-"""The digits: reading them, and measuring samples against them."""
+"""The digits: reading them, drawing batches, and measuring samples against them."""
 import gzip
 import math
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -13,28 +14,24 @@ FILE = Path(__file__).parent / "data/mnist.npz"
 KEYS = "x_train", "y_train", "x_test", "y_test"
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
+LARGEST = 2**31         # bytes of an unpacked IDX file
 
 
 def bad_data(path, reason):
     """The BadInput of --data: what is wrong, and what is wanted."""
     return BadInput(f"{path}: {reason}; --data wants an .npz of x_train, y_train, x_test, y_test, "
-                    "or a folder of MNIST's four IDX files: images (N, 28, 28) uint8, labels (N,) "
-                    "in 0..9 (10 is null), N > 0")
-
-
-def unreadable(path, error):
-    return bad_data(path, (str(error) or type(error).__name__).splitlines()[0])
+                    "or a folder of MNIST's four IDX files: images (N, 28, 28) of 0..255, labels "
+                    "(N,) of 0..9, N > 0")
 
 
 def read_idx(file):
     """An IDX file of bytes, or its .gz: 0, 0, 8, the rank, big-endian sizes, data."""
+    packed = Path(f"{file}.gz")
     try:
-        if file.exists():
-            raw = file.read_bytes()
-        else:
-            raw = gzip.decompress(Path(f"{file}.gz").read_bytes())
+        with gzip.open(packed) if packed.exists() and not file.exists() else open(file, "rb") as f:
+            raw = f.read(LARGEST)
     except (OSError, EOFError, zlib.error) as error:
-        raise unreadable(file, error) from None
+        raise bad_data(file, error) from None
     rank = int.from_bytes(raw[3:4], "big")
     start = 4 + 4 * rank
     shape = [int.from_bytes(raw[k:k + 4], "big") for k in range(4, start, 4)]
@@ -46,15 +43,20 @@ def read_idx(file):
 def read_npz(file):
     """The arrays of KEYS in an .npz."""
     try:
+        with zipfile.ZipFile(file) as parts:
+            if parts.testzip():                 # numpy does not read every checksum
+                raise zipfile.BadZipFile("a checksum is wrong")
         with np.load(file, allow_pickle=False) as npz:
             return [npz[key] for key in KEYS]
+    except MemoryError:
+        raise
     except Exception as error:                  # numpy, zipfile, zlib: each raises its own
-        raise unreadable(file, error) from None
+        raise bad_data(file, str(error) or type(error).__name__) from None
 
 
-def fault(images, labels):
-    """What keeps these from being images (N, 28, 28) uint8 and labels (N,) in 0..9, or None."""
-    if images.dtype != np.uint8 or images.shape[1:] != (28, 28):
+def find_fault(images, labels):
+    """What keeps these from being images (N, 28, 28) and labels (N,) in 0..9, or None."""
+    if images.dtype.kind not in "iu" or images.shape[1:] != (28, 28):
         return f"images {images.dtype} {images.shape}"
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
         return f"labels {labels.dtype} {labels.shape}"
@@ -62,6 +64,8 @@ def fault(images, labels):
         return f"{len(images)} images, but {len(labels)} labels"
     if len(images) == 0:
         return "no images"
+    if images.min() < 0 or images.max() > 255:
+        return f"pixels from {images.min()} to {images.max()}"
     if labels.min() < 0 or labels.max() > 9:
         return f"labels from {labels.min()} to {labels.max()}"
     return None
@@ -79,11 +83,12 @@ def load(path=FILE):
         arrays = read_npz(path)
     out = []
     for part, images, labels in (("training", *arrays[:2]), ("test", *arrays[2:])):
-        wrong = fault(images, labels)
-        if wrong:
-            raise bad_data(path, f"its {part} part has {wrong}")
-        padded = np.pad(images, ((0, 0), (2, 2), (2, 2)))       # (N, 32, 32)
-        out.append(torch.from_numpy(padded)[:, None])           # (N, 1, 32, 32)
+        fault = find_fault(images, labels)
+        if fault:
+            raise bad_data(path, f"its {part} part has {fault}")
+        padded = np.pad(images.astype(np.uint8), ((0, 0), (2, 2), (2, 2)))
+        padded = np.ascontiguousarray(padded)               # (N, 32, 32)
+        out.append(torch.from_numpy(padded)[:, None])       # (N, 1, 32, 32)
         out.append(torch.from_numpy(labels.astype(np.int64)))
     return out
 
@@ -98,20 +103,33 @@ def to_bytes(x):
     return ((x + 1) * 127.5).round().clamp(0, 255).byte()
 
 
+def draw_batch(images, labels, n):
+    """n data points z and their labels y: (z, y) ~ p_data.
+
+    images: uint8 pixels, given as z in [-1, 1]; or latents, given as they are.
+    """
+    i = torch.randint(len(images), (n,), device=images.device)
+    z = images[i]
+    if z.dtype == torch.uint8:
+        z = to_unit(z)
+    return z, labels[i]
+
+
 # ---------------------------------------------------------------- measures
 
 @torch.no_grad()
 def accuracy(classifier, images, labels):
-    """The share of images (N, 1, 32, 32) uint8 that the noisy classifier reads right, at t = 1."""
-    reads = []
-    for x in images.split(500):
-        t = torch.ones(len(x)).to(x.device)
-        reads.append(classifier(to_unit(x), t).argmax(1))
-    return (torch.cat(reads) == labels).float().mean().item()
+    """The share of images (N, 1, 32, 32) uint8 to which a noisy classifier, at t = 1, gives their
+    label."""
+    guesses = [classifier(to_unit(x), 1.0).argmax(1) for x in images.split(500)]
+    return (torch.cat(guesses) == labels).double().mean().item()
 
 
 def diversity(images, labels):
-    """Mean distance of two images of a class, averaged over classes; of each, its first 1000."""
+    """Mean distance of two images of a class, averaged over classes; of each, its first 1000.
+
+    nan where no class has two images.
+    """
     means = []
     for label in labels.unique():
         flat = images[labels == label][:1000].flatten(1).float()

@@ -1,7 +1,6 @@
 """What a perfect network would return: exact fields of a labelled mixture of Gaussians.
 
 `python oracle.py` guides with these fields and prints what w does; no network, no training.
-`python oracle.py --figures` draws it as well: figures/oracle_line.png and figures/oracle_plane.png.
 
 The data are K Gaussians, component k with probability weight_k and label label_k:
 
@@ -16,18 +15,17 @@ k they are averaged over the components, with the weights p_t(k|x, y) of Bayes' 
 
 Shapes: x (B, D); t (B,) or a number; y (B,) int64, NULL for "any label"; paths as in paths.py.
 """
-import argparse
 import math
+import sys
 from functools import partial
-from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
-import picture
-from cfg_min import NULL, euler, euler_maruyama, guide, guided_field, predictor_corrector
+from cfg_min import (NULL, euler, euler_maruyama, euler_maruyama_step, guide, guided_field, times)
+from command import Parser, run
 from paths import CondOT
+from samplers import predictor_corrector
 
 
 class Mixture:
@@ -101,13 +99,9 @@ class Mixture:
         of_class = F.one_hot(self.label, 10).to(x)              # (K, 10)
         return p.T @ of_class
 
-    def net(self, path):
-        """The perfect network of this path, net(x, t, y) -> u."""
-        return lambda x, t, y: self.u(path, x, t, y)
-
-    def classifier(self, path):
-        """The perfect noisy classifier, (x, t) -> log p_t(y|x), (B, 10)."""
-        return lambda x, t: self.posterior(path, x, t).clamp(min=torch.finfo(x.dtype).tiny).log()
+    def log_posterior(self, path, x, t):
+        """log p_t(y|x), (B, 10): the logits of the perfect noisy classifier."""
+        return self.posterior(path, x, t).clamp(min=torch.finfo(x.dtype).tiny).log()
 
     def draw(self, n, y=NULL):
         """n points of class y, or of the whole mixture, (n, D)."""
@@ -121,26 +115,22 @@ class Mixture:
 TWO = Mixture(mu=[[-1.0], [1.0]], std=[0.5, 0.5], weight=[0.5, 0.5], label=[0, 1])
 TRIANGLE = Mixture(mu=[[0.0, 1.0], [-0.87, -0.5], [0.87, -0.5]], std=[0.5] * 3, weight=[1 / 3] * 3,
                    label=[0, 1, 2])
-
-
-def moments(x):
-    """Mean and standard deviation of samples (n, 1)."""
-    return x.mean().item(), x.std().item()
+PATH = CondOT()
 
 
 def tilted(mixture, y, w, grid):
-    """The law p(.|y)^w p^(1-w) on the points of a grid (N, D), of sum 1: (N,) float64."""
+    """The tilted distribution p(.|y)^w p^(1-w) on the points of a grid (N, D), of sum 1: (N,)."""
     given = torch.full((len(grid),), y)
     anything = torch.full((len(grid),), NULL)
-    # at t = 1 p_t is the law of the data
-    log_p_y = mixture.log_p(CondOT(), grid.double(), 1.0, given)
-    log_p = mixture.log_p(CondOT(), grid.double(), 1.0, anything)
+    # at t = 1 p_t is the distribution of the data
+    log_p_y = mixture.log_p(PATH, grid.double(), 1.0, given)
+    log_p = mixture.log_p(PATH, grid.double(), 1.0, anything)
     log_tilted = guide(log_p_y, log_p, w)       # w log p(.|y) + (1 - w) log p
     return log_tilted.softmax(dim=0)            # exp, divided by its sum
 
 
 def tilted_moments(mixture, y, w):
-    """Mean and standard deviation of the tilted law on the line."""
+    """Mean and standard deviation of the tilted distribution on the line."""
     grid = torch.linspace(-4, 8, 4001).double()
     p = tilted(mixture, y, w, grid[:, None])
     mean = (p * grid).sum()
@@ -148,132 +138,81 @@ def tilted_moments(mixture, y, w):
     return mean.item(), var.sqrt().item()
 
 
-def best_mixture_moments(mean):
-    """Mean and std of the mixture of p(.|y), of mean 1, and p, of mean 0, that comes nearest to the
-    given mean."""
-    share = min(max(mean, 0), 1)                # of p(.|y), so it is the mixture's mean
-    return share, math.sqrt(1.25 - share**2)    # both laws have E[x^2] = 1 + 0.5^2
+def resample(x, log_weight):
+    """n of the n samples x, drawn with probabilities in proportion to their weights (n,).
 
-
-def table(scales=(0, 1, 2, 3, 5, 8), n=4000, steps=100):
-    """What w does, exactly: rows of w and (mean, std) of guided samples, by ODE, SDE and predictor-
-    corrector, and of the laws that they are said to follow: the tilted law, and the mixture of
-    002_49842480371d0be4.txt."""
-    torch.manual_seed(0)
-    path = CondOT()
-    net = TWO.net(path)
-    y = torch.ones(n, dtype=torch.int64)
-    given_y = partial(net, y=y)                                         # u_t(x|y)
-    rows = []
-    for w in scales:
-        guided = partial(guided_field, net, y=y, w=w)
-        ode = euler(guided, torch.randn(n, 1), steps)
-        sde = euler_maruyama(guided, torch.randn(n, 1), steps, path)
-        pc = predictor_corrector(given_y, guided, torch.randn(n, 1), steps, path, corrections=4)
-        mean, _ = moments(ode)
-        rows.append((w, moments(ode), moments(sde), moments(pc),
-                     tilted_moments(TWO, 1, w), best_mixture_moments(mean)))
-    return rows
-
-
-def print_table():
-    print("two Gaussians at -1 and +1, std 0.5; y = +1; mean and standard deviation of\n"
-          "   w    guided ODE    guided SDE    predictor-corrector   p(.|y)^w p^(1-w)   "
-          "best mixture")
-    for w, ode, sde, pc, law, mixture in table():
-        print(f"{w:4d}  {ode[0]:6.2f} {ode[1]:5.2f}  {sde[0]:6.2f} {sde[1]:5.2f}   "
-              f"{pc[0]:9.2f} {pc[1]:5.2f}     {law[0]:10.2f} {law[1]:5.2f}     "
-              f"{mixture[0]:7.2f} {mixture[1]:5.2f}")
-
-
-# ---------------------------------------------------------------- what w does, in pictures
-
-BINS = 128          # of a histogram along an axis, from -REACH to REACH
-REACH = 3.0
-
-
-def grey(density):
-    """A density (H, W) as uint8, its largest value white, two pixels a bin."""
-    image = (255 * density / density.max()).byte().numpy()
-    return image.repeat(2, axis=0).repeat(2, axis=1)
-
-
-def over_time(w, n=20000):
-    """p_t of the guided samples of TWO, y = +1: a column for each t, then, after a gap, the tilted
-    law; the most of each column is white.
-
-    The noise stands at the n quantiles of N(0, 1), so that the histograms have no grain.
+    One uniform number serves all, which adds the least noise (systematic resampling).
     """
-    columns = []
-
-    def watch(t, x):
-        column = torch.histc(x, BINS, -REACH, REACH)
-        columns.append(column / column.max())
-    guided = partial(guided_field, TWO.net(CondOT()), y=torch.ones(n, dtype=torch.int64), w=w)
-    share = (torch.arange(n) + 0.5) / n
-    noise = torch.special.ndtri(share)[:, None]                 # inverse of the normal cdf
-    x = euler(guided, noise, BINS, watch=watch)                 # as many steps as bins: a square
-    watch(1.0, x)
-    line = torch.linspace(-REACH, REACH, BINS)[:, None]
-    law = tilted(TWO, 1, w, line).float()
-    columns += [0 * law] * 2                    # the gap
-    columns += [law / law.max()] * 12
-    return grey(torch.stack(columns, dim=1).flip(0))            # up is up
+    ends = log_weight.softmax(dim=0).cumsum(dim=0)
+    places = (torch.arange(len(x)) + torch.rand(1)) / len(x)
+    return x[torch.searchsorted(ends, places.to(ends)).clamp(max=len(x) - 1)]
 
 
-def plane():
-    """A point in each cell of the plane, from left to right, then down, (BINS^2, 2)."""
-    line = torch.linspace(-REACH, REACH, BINS)
-    up, right = torch.meshgrid(line.flip(0), line, indexing="ij")
-    return torch.stack([right.flatten(), up.flatten()], dim=1)
+def repaired_sde(net, x, y, w, steps, path=PATH):
+    """Guided samples that follow the tilted distribution: sequential Monte Carlo on the guided SDE.
+
+    The guided SDE leaves out part of what the tilted density does, so a sample's log-weight grows by
+
+        w (w - 1) (u_t(x|y) - u_t(x)) . (s_t(x|y) - s_t(x)) dt = b_t w (w - 1) |difference of s|^2 dt.
+
+    Where the effective sample size falls below half, samples are resampled by their weights.
+    Skreta et al. 2025, arXiv 2503.02819. sigma_t^2 = 8 beta_t: with less noise, copies of one
+    sample stay too close.
+    """
+    def field(x, t):
+        return guided_field(net, x, t, y, w)
+
+    def sigma(t):
+        return math.sqrt(8 * path.beta(torch.tensor(t)))
+
+    log_weight = torch.zeros(len(x)).to(x)
+    for t, s in times(steps):
+        cond = net(x, t, y)
+        uncond = net(x, t, torch.full_like(y, NULL))
+        scores = path.u_to_score(cond, x, t) - path.u_to_score(uncond, x, t)
+        log_weight = log_weight + (s - t) * w * (w - 1) * ((cond - uncond) * scores).sum(dim=1)
+        x = euler_maruyama_step(field, x, t, s, path, sigma)
+        weight = log_weight.softmax(dim=0)
+        effective = 1 / (weight**2).sum()
+        if effective < len(x) / 2 or s == 1:
+            x = resample(x, log_weight)
+            log_weight = torch.zeros_like(log_weight)
+    return x
 
 
-def histogram(x):
-    """The share of the samples (n, 2) in each cell of the plane, (BINS, BINS)."""
-    counts, _ = torch.histogramdd(x.double(), BINS, range=[-REACH, REACH] * 2)
-    return counts.T.flip(0) / len(x)            # rows are the second axis, and up is up
-
-
-def in_plane(w=3, n=4000, steps=100):
-    """Four laws, of y the top class of TRIANGLE, (BINS, BINS): title -> share of each cell."""
-    torch.manual_seed(0)
-    path = CondOT()
-    net = TRIANGLE.net(path)
-    y = torch.zeros(n, dtype=torch.int64)
-    given_y = partial(net, y=y)
+def guided_samples(mixture, label, w, n, steps, dimensions):
+    """Samples (n, D) of one label by four ways to guide, by name."""
+    net = partial(mixture.u, PATH)              # the perfect network, net(x, t, y) -> u
+    y = torch.full((n,), label)
+    conditional = partial(net, y=y)             # u_t(x|y)
     guided = partial(guided_field, net, y=y, w=w)
-    ode = euler(guided, torch.randn(n, 2), steps)
-    pc = predictor_corrector(given_y, guided, torch.randn(n, 2), steps, path, corrections=4)
+    noise = torch.randn(4, n, dimensions)
     return {
-        "data": histogram(TRIANGLE.draw(n, y=0)),
-        f"ode  w = {w}": histogram(ode),
-        f"pc  w = {w}": histogram(pc),
-        f"tilted  w = {w}": tilted(TRIANGLE, 0, w, plane()).view(BINS, BINS),
+        "guided ODE": euler(guided, noise[0], steps),
+        "guided SDE": euler_maruyama(guided, noise[1], steps, PATH),
+        "predictor-corrector": predictor_corrector(
+            conditional, noise[2], steps, PATH, corrector=guided, corrections=4),
+        "repaired SDE": repaired_sde(net, noise[3], y, w, steps),
     }
 
 
-def write_pictures(folder):
-    """oracle_line.png: p_t over time, w = 1, 3, 8. oracle_plane.png: four laws, p behind them."""
-    panels = [picture.framed(over_time(w), f"w = {w}") for w in (1, 3, 8)]
-    (folder / "oracle_line.png").write_bytes(picture.png(np.hstack(panels)))
-    behind = tilted(TRIANGLE, NULL, 1, plane()).view(BINS, BINS)        # p itself
-    behind = behind / behind.max() / 3
-    panels = []
-    for title, law in in_plane().items():
-        law = law / law.max()
-        panels.append(picture.framed(grey(law.maximum(behind)), title))
-    (folder / "oracle_plane.png").write_bytes(picture.png(np.hstack(panels)))
+def print_table(scales=(0, 1, 2, 3, 5, 8), n=4000, steps=400):
+    """Mean and standard deviation of guided samples of TWO, and of the tilted distribution."""
+    torch.manual_seed(0)
+    print("Two Gaussians at -1 and +1, std 0.5. Samples of y = +1: mean and standard deviation.")
+    for w in scales:
+        columns = guided_samples(TWO, 1, w, n, steps, dimensions=1)
+        if w == scales[0]:
+            print("   w" + "".join(f"{name:>21s}" for name in [*columns, "p(.|y)^w p^(1-w)"]))
+        moments = [(x.mean().item(), x.std().item()) for x in columns.values()]
+        moments.append(tilted_moments(TWO, 1, w))
+        print(f"{w:4d}" + "".join(f"{mean:15.2f}{std:6.2f}" for mean, std in moments), flush=True)
 
 
-def main(figures=False):
+def main(argv=None):
+    Parser(description="What guidance with scale w does, exactly.").parse_args(argv)
     print_table()
-    if figures:
-        folder = Path(__file__).parent / "figures"
-        write_pictures(folder)
-        print(f"wrote {folder}/oracle_line.png and oracle_plane.png")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="What guidance with scale w does, exactly.")
-    parser.add_argument("--figures", action="store_true", help="write figures/oracle_*.png as well")
-    main(parser.parse_args().figures)
+    sys.exit(run(main))

@@ -1,15 +1,16 @@
 """The small autoencoder of latent diffusion: images (B, 1, 32, 32), latents (B, 4, 8, 8).
 
-004_4aa8a09610484fd5.txt, section 2.3: the generative model works on the latents of a VAE.
+Lecture 4, "Generative Modeling in Latent Space": the generative model works on the latents of a
+variational autoencoder (VAE). `python vae.py` trains one, to runs/vae.pt; then
+`python train.py --arch dit --latent runs/vae.pt`.
 """
-import math
+import sys
 
 import torch
 import torch.nn as nn
 
-from cfg_min import held
-
-BLACK = -1.0
+from command import say
+from mnist import to_unit
 
 
 def block(c_in, c_out):
@@ -18,7 +19,11 @@ def block(c_in, c_out):
 
 
 class VAE(nn.Module):
-    """encode: x (B, 1, 32, 32) in [-1, 1] -> mean of the latent (B, 4, 8, 8); decode: back."""
+    """encode: x (B, 1, 32, 32) in [-1, 1] -> mean of the latent (B, 4, 8, 8); decode: back.
+
+    After training, scale is set so that the latents of the data have variance 1, as Rombach et al.
+    2022 do: a path mixes them with noise of variance 1.
+    """
 
     def __init__(self, c=32):
         super().__init__()
@@ -38,19 +43,20 @@ class VAE(nn.Module):
             block(c, c),
             nn.Conv2d(c, 4, 3, padding=1),
             nn.PixelShuffle(2))                             # (B, 1, 32, 32)
+        self.register_buffer("scale", torch.ones(()))
 
     def encode(self, x):
         mean, _ = self.encoder(x).chunk(2, dim=1)
-        return mean
+        return self.scale * mean
 
     def decode(self, latent):
-        return held(self.decoder(latent), BLACK, math.inf)  # so that black is exactly black
+        return self.decoder(latent / self.scale)
 
     def forward(self, x, eps):
         """Reconstruction from a draw mean + std eps of q(latent|x); the mean; the log variance."""
         mean, log_var = self.encoder(x).float().chunk(2, dim=1)
         std = (log_var / 2).exp()
-        return self.decode(mean + std * eps), mean, log_var
+        return self.decoder(mean + std * eps), mean, log_var
 
 
 def kl_to_normal(mean, log_var):
@@ -59,15 +65,55 @@ def kl_to_normal(mean, log_var):
 
 
 def vae_loss(net, x, std=0.1):
-    """-ELBO = E_q[-log p(x|latent)] + KL(q(latent|x) || p(latent)); Kingma & Welling 2014, eq. 3.
+    """-ELBO = E_q[-log p(x|latent)] + KL(q(latent|x) || p(latent)), times 2 std^2 / pixels.
 
-    p(x|latent) = N(decode(latent), std^2 I). Returned is 2 std^2 times -ELBO, per pixel and without
-    its constant: the squared error, and a light KL, 2 std^2 times. Latent diffusion has a light KL
-    too, but a perceptual and an adversarial loss instead of the squared error (Rombach et al. 2022,
-    section 3.1).
+    p(x|latent) = N(decode(latent), std^2 I). So this is the squared error of a pixel plus a light
+    KL; the constant of log p is left out. Kingma & Welling 2014. Rombach et al. 2022 have a light
+    KL as well, but a perceptual and an adversarial loss instead of the squared error.
     """
     eps = torch.randn(len(x), 4, 8, 8, device=x.device)
     recon, mean, log_var = net(x, eps)
     log_p = -(x - recon.float()).square().flatten(1).sum(1) / (2 * std**2)
     minus_elbo = (kl_to_normal(mean, log_var) - log_p).mean()
     return minus_elbo * 2 * std**2 / x[0].numel()
+
+
+@torch.no_grad()
+def measure(net, images):
+    """Mean squared error of images (N, 1, 32, 32) uint8, and the standard deviation of latents."""
+    errors = []
+    latents = []
+    for x in to_unit(images).split(500):
+        latents.append(net.encode(x))
+        errors.append(net.decode(latents[-1]) - x)
+    return torch.cat(errors).square().mean().item(), torch.cat(latents).std().item()
+
+
+def main(argv=None):
+    from checkpoint import pick_device
+    from command import Parser
+    from mnist import load
+    from training import add_options, describe, fit, prepare_out
+
+    p = Parser(description="Train the autoencoder of latent diffusion.")
+    add_options(p, out="runs/vae.pt", steps=2000, batch=128, lr=2e-3)
+    options = p.parse_args(argv)
+    device = pick_device(options.device)
+    prepare_out(options, options.data, options.init)
+    images, labels, x_test, y_test = load(options.data)
+    config = describe(options, "vae", labels, images, x_test, y_test)
+
+    def compute_loss(net, z, y):
+        return vae_loss(net, z)
+
+    net, run = fit(options, config, images.to(device), labels.to(device), compute_loss)
+    _, std = measure(net, images[:10000].to(device))
+    net.scale /= std                            # now the latents have variance 1
+    run.finish()
+    error, _ = measure(net, x_test.to(device))
+    say(f"mean squared error of the test images: {error:.4f}")
+
+
+if __name__ == "__main__":
+    from command import run
+    sys.exit(run(main))

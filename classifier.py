@@ -1,0 +1,110 @@
+"""Classifier guidance: a noisy classifier p(y|x_t), its loss, its gradient, the field it guides.
+
+Lecture 4, before classifier-free guidance; DDPM lecture, "Classifier guidance". By Bayes' rule
+grad log p_t(x|y) = grad log p_t(x) + grad log p_t(y|x): a classifier of noisy images is all that an
+unconditional network lacks.
+
+`python classifier.py` trains one, to runs/classifier.pt. sample.py guides with it
+(--guidance classifier), and prints how many samples it gives their label.
+"""
+import sys
+from itertools import pairwise
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from cfg_min import NULL, add_axes, require_same_shape
+from command import say
+from mnist import accuracy
+from paths import one_per_sample
+from unet import Encoder, Midcoder, TimeEmbedding
+
+
+class NoisyClassifier(nn.Module):
+    """classifier(x, t) -> logits (B, 10): the U-Net's encoder half, mean over places, a layer.
+
+    x (B, C, H, W), t (B,) or a number; shapes below are of H = W = 32.
+    """
+
+    def __init__(self, channels=(32, 64, 64), layers=1, in_channels=1, E=128):
+        super().__init__()
+        self.time = TimeEmbedding(E)
+        self.first = nn.Conv2d(in_channels, channels[0], kernel_size=5, stride=2, padding=2)
+        self.encoders = nn.ModuleList(Encoder(c, d, layers, E) for c, d in pairwise(channels))
+        self.midcoder = Midcoder(channels[-1], layers, E)
+        self.norm = nn.GroupNorm(8, channels[-1])
+        self.last = nn.Linear(channels[-1], 10)
+
+    def forward(self, x, t):
+        e = F.silu(self.time(t, x))             # (B, E)
+        h = self.first(x)                       # (B, 32, 16, 16)
+        for encoder in self.encoders:
+            h, _ = encoder(h, e)                # (B, 64, 8, 8), then (B, 64, 4, 4)
+        h = self.midcoder(h, e)
+        h = F.silu(self.norm(h)).mean(dim=(2, 3))           # (B, 64)
+        return self.last(h)
+
+
+def classifier_loss(classifier, path, z, y):
+    """-E log p_theta(y|x_t), x_t ~ p_t(x|z), t ~ U[0, 1).
+
+    DDPM lecture, "Classifier guidance": a classifier for noised samples.
+    """
+    t = torch.rand(len(z), device=z.device)
+    x = path.sample(z, torch.randn_like(z), t)
+    return F.cross_entropy(classifier(x, t), y)
+
+
+def classifier_gradient(classifier, x, t, y, null=NULL):
+    """grad log p_t(y|x), like x; 0 where y is null. classifier(x, t) -> logits (B, classes)."""
+    t = one_per_sample(t, x)
+    labelled = y != null
+    index = torch.where(labelled, y, 0)[:, None]            # (B, 1)
+
+    def sum_of_log_p(x):                        # each sample's gradient is that of its own term
+        log_p = classifier(x, t).log_softmax(dim=1).gather(1, index)[:, 0]
+        return (labelled * log_p).sum()
+    return torch.func.grad(sum_of_log_p)(x)
+
+
+def classifier_guided_field(net, classifier, path, x, t, y, w, null=NULL):
+    """u_t(x|null) + w b_t grad log p_t(y|x), for alpha_t > 0.
+
+    w: a number or (B,). b_t is that of u = a_t x + b_t score.
+    Lecture 4, "guidance with classifier"; DDPM lecture, the second "Guided sampling".
+    """
+    u = net(x, one_per_sample(t, x), torch.full_like(y, null))
+    require_same_shape(u, x)
+    _, b = path.a_b(t, x)
+    return u + add_axes(w, x) * b * classifier_gradient(classifier, x, t, y, null)
+
+
+def main(argv=None):
+    from checkpoint import pick_device
+    from command import Parser
+    from mnist import load
+    from paths import PATHS
+    from training import add_options, describe, fit, prepare_out
+
+    p = Parser(description="Train a noisy classifier, p(y|x_t).")
+    add_options(p, out="runs/classifier.pt", steps=1800, batch=128, lr=2e-3)
+    p.add_argument("--path", choices=PATHS, default="condot", help="probability path (condot)")
+    options = p.parse_args(argv)
+    device = pick_device(options.device)
+    prepare_out(options, options.data, options.init)
+    images, labels, x_test, y_test = load(options.data)
+    config = describe(options, "classifier", labels, images, x_test, y_test, path=options.path)
+
+    def compute_loss(classifier, z, y):
+        return classifier_loss(classifier, PATHS[options.path], z, y)
+
+    classifier, run = fit(options, config, images.to(device), labels.to(device), compute_loss)
+    run.finish()
+    share = accuracy(classifier.eval(), x_test.to(device), y_test.to(device))
+    say(f"accuracy on the test images, at t = 1: {100 * share:.2f} %")
+
+
+if __name__ == "__main__":
+    from command import run
+    sys.exit(run(main))

@@ -1,0 +1,57 @@
+"""Samplers beyond the notes: Heun's method, Langevin steps, and the predictor-corrector.
+
+As in cfg_min.py: field(x, t) -> u has its y and w filled in; x (B, ...) goes from t0 to t = 1.
+"""
+import math
+
+import torch
+
+from cfg_min import require, require_same_shape, times, value_at
+
+
+def heun(field, x, steps, t0=0.0):
+    """Order 2: Euler's step, redone with the mean of u at both its ends; 2 steps - 1 calls.
+
+    The last step stays Euler's, as u may be infinite at t = 1; Karras et al. 2022, Algorithm 1.
+    """
+    for t, s in times(steps, t0):
+        u = field(x, t)
+        require_same_shape(u, x)
+        if s < 1:
+            u_end = field(x + (s - t) * u, s)
+            u = (u + u_end) / 2
+        x = x + (s - t) * u
+    return x
+
+
+def langevin(field, x, t, path, steps, randn=torch.randn_like):
+    """x <- x + h score + sqrt(2 h) xi, several times, while t stands still.
+
+    x comes to follow the distribution that has this score. h = beta_t^2 / 10, so that h score =
+    (alpha_t E[z|x] - x) / 10: no step is large, though near t = 1 the score itself is.
+    """
+    h = value_at(path.beta, t)**2 / 10
+    for _ in range(steps):
+        score = path.u_to_score(field(x, t), x, t)
+        x = x + h * score + math.sqrt(2 * h) * randn(x)
+    return x
+
+
+def predictor_corrector(field, x, steps, path, corrector, corrections=1, t0=0.0,
+                        randn=torch.randn_like):
+    """Euler's step on field, then Langevin steps with the score of corrector at the new time.
+
+    Both are fields (x, t) -> u. For guidance, field is u_t(x|y) and corrector the guided field. At
+    each t the guided field has the score of the tilted distribution p_t(x|y)^w p_t(x)^(1-w), but
+    its flow does not carry the one of t into that of s (oracle.py shows it). Langevin steps at s
+    lead there: the nearer, the more corrections and steps.
+    Bradley & Nakkiran 2024, arXiv 2408.09000; Song et al. 2021, arXiv 2011.13456.
+    """
+    require(corrections >= 0, f"corrections = {corrections} is negative")
+    for t, s in times(steps, t0):
+        u = field(x, t)
+        require_same_shape(u, x)
+        x = x + (s - t) * u
+        if s < 1:                               # at t = 1 the score is infinite
+            x = langevin(corrector, x, s, path, corrections, randn)
+    return x

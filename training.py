@@ -1,0 +1,242 @@
+"""What surrounds a training loop: options, where a run stands, progress, files, processes.
+
+    run = Run(options, config, net, optimizer, schedule)
+    for step in run.steps():        # from where the run stands; shows progress, saves, minds Ctrl-C
+        ...                         # one step, as train.py writes it out
+        run.record(loss)
+    run.finish()
+"""
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+import checkpoint
+import mnist
+from command import (BadInput, Interrupt, Progress, number, processes, say, try_place,
+                     write_whole)
+
+
+HEADER = "step,loss\n"         # of the log
+
+
+def add_options(parser, out, steps=None, batch=None, lr=None):
+    """The options of every training command."""
+    add = parser.add_argument
+    many = number(int, 1, 1e9)
+    add("--steps", type=many, default=steps, help=f"of training ({steps or 'see below'})")
+    add("--batch", type=many, default=batch, help=f"images a step ({batch or 'see below'})")
+    add("--lr", type=number(float, 1e-9, 1e3), default=lr,
+        help=f"peak learning rate ({lr or 'see below'})")
+    add("--seed", type=number(int, 0, 2**32), default=0, help="of all that is random (0)")
+    add("--data", default=mnist.FILE, metavar="FILE|DIR",
+        help=".npz, or a folder of IDX files: images of 28x28, labels of 0 to 9 (MNIST)")
+    add("--init", metavar="FILE.pt", help="start from the weights of this checkpoint")
+    add("--out", default=out, metavar="FILE.pt", help=f"({out or 'runs/<arch>.pt'})")
+    add("--resume", action="store_true", help="go on from --out")
+    add("--save-every", type=many, default=500, metavar="N", help="save every N steps (500)")
+    add("--device", help="as torch names it: cpu, cuda, mps (cuda where there is one, else cpu)")
+
+
+def prepare_out(options, *inputs):
+    """Raise BadInput where --out cannot be written, or what is there is not to be replaced."""
+    out = Path(options.out)
+    _, world = processes()
+    if options.batch % world:
+        raise BadInput(f"--batch {options.batch} cannot be shared by {world} processes")
+    if out.suffix != ".pt" or options.out.endswith("/"):
+        raise BadInput(f"--out {options.out!r}: expected the name of a file that ends in .pt")
+    try_place(out)
+    if out.exists():
+        if any(file and Path(file).exists() and out.samefile(file) for file in inputs):
+            raise BadInput(f"--out {out} is an input of this run: choose another --out")
+        saved = checkpoint.read(out)
+        if saved["step"] < saved["config"]["steps"] and not options.resume:
+            raise BadInput(f"--out {out} is an unfinished run (step {saved['step']}): add --resume, "
+                           "or choose another --out")
+    log = out.with_suffix(".csv")
+    try_place(log)
+    if log.exists() and not log.read_text(errors="replace").startswith(HEADER):
+        raise BadInput(f"{log} is not the log of a training run: choose another --out")
+
+
+def describe(options, arch, labels, images, x_test, y_test, **more):
+    """config: all that a run depends on, and so must not change when it is resumed."""
+    crc = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
+    return dict(arch=arch, net={}, latent=False, predict=None, path=None, steps=options.steps,
+                batch=options.batch, lr=options.lr, seed=options.seed, init=options.init,
+                data=crc, real_diversity=mnist.diversity(x_test, y_test)) | more
+
+
+def seed_of(seed, step, rank):
+    """The seed of a step's random numbers, a function of these three alone."""
+    return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
+
+
+def share_gradients(net):
+    """The net as every process trains it: with gradients averaged over all processes."""
+    _, world = processes()
+    if world == 1:
+        return net
+    device = next(net.parameters()).device
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return torch.nn.parallel.DistributedDataParallel(net)
+
+
+class Run:
+    """A run of training: new, from the weights of --init, or from where --out stands (--resume).
+
+    Its random numbers depend on (seed, step, process) alone, so on a CPU a resumed run equals one
+    that was not interrupted, to the bit. After every --save-every steps it writes the checkpoint
+    and, beside it, a .csv of all steps and losses.
+    """
+
+    def __init__(self, options, config, net, optimizer, schedule, autoencoder=None):
+        self.out = Path(options.out)
+        self.save_every = options.save_every
+        self.config = config
+        self.net = net
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.autoencoder = autoencoder          # of a latent model: its config and weights
+        self.done = 0
+        self.losses = []                        # tensors, of the steps since the last save
+        self.log = HEADER
+        if options.resume and self.out.exists():
+            self.restore()
+        elif options.init:
+            self.start_from(options.init)
+        self.first = self.done
+        parameters = sum(p.numel() for p in net.parameters())
+        say(f"{config['arch']}: {parameters:,} parameters, steps {self.done} to {config['steps']} "
+            f"of {config['batch']} images, to {self.out}")
+
+    def start_from(self, file):
+        saved = checkpoint.read(file)
+        for key in ("arch", "net", "predict", "latent"):
+            if saved["config"].get(key) != self.config[key]:
+                raise BadInput(f"--init {file}: its {key} is {saved['config'].get(key)}, "
+                               f"not {self.config[key]}")
+        self.net.load_state_dict(saved["weights"])
+
+    def restore(self):
+        saved = checkpoint.read(self.out)
+        # not real_diversity: data stands for it, and its last bits vary with the threads
+        changed = [key for key in self.config if key != "real_diversity"
+                   and saved["config"].get(key) != self.config[key]]
+        if changed:
+            raise BadInput(f"{self.out} has another {', '.join(changed)}: choose another --out; "
+                           f"--init {self.out} starts a new run from its weights")
+        try:
+            self.net.load_state_dict(saved["weights"])
+            if saved["step"] < self.config["steps"]:
+                self.optimizer.load_state_dict(saved["optimizer"])
+                self.schedule.load_state_dict(saved["schedule"])
+        except (KeyError, RuntimeError, TypeError, ValueError):
+            raise checkpoint.damaged(self.out) from None
+        self.done = saved["step"]
+        log = self.out.with_suffix(".csv")
+        if log.exists():
+            lines = log.read_text().splitlines(keepends=True)
+            self.log = "".join(lines[:1 + self.done])
+
+    def steps(self):
+        """The numbers of the steps to take. Raises KeyboardInterrupt after Ctrl-C, BadInput where
+        the weights are not finite any more."""
+        total = self.config["steps"]
+        rank, _ = processes()
+        progress = Progress(total, self.done)
+        shown = self.done
+        with Interrupt() as self.interrupt:
+            for step in range(self.done, total):
+                torch.manual_seed(seed_of(self.config["seed"], step, rank))
+                yield step
+                self.done = step + 1
+                stop = self.agree(self.interrupt.asked)
+                if progress.is_due() or self.done == total:
+                    recent = torch.stack(self.losses[shown - self.done:])
+                    progress.show(self.done, f"loss {recent.mean():.4f}  ")
+                    shown = self.done
+                if stop or self.done % self.save_every == 0:
+                    self.save()
+                    shown = self.done
+                if stop:
+                    raise KeyboardInterrupt
+        if progress.terminal:
+            say("")                             # the line of progress stays
+
+    def agree(self, asked):
+        """Whether any process was asked to stop: all stop after the same step."""
+        if not dist.is_initialized():
+            return asked
+        votes = torch.tensor(float(asked), device=self.losses[-1].device)
+        dist.all_reduce(votes)
+        return votes.item() > 0
+
+    def record(self, loss):
+        """Keep the loss of a step: its mean over all processes."""
+        loss = loss.detach().float()
+        if dist.is_initialized():
+            dist.all_reduce(loss)
+            loss = loss / dist.get_world_size()
+        self.losses.append(loss)
+
+    def save(self):
+        """Write the log and the checkpoint. Raises BadInput where the weights are not finite."""
+        weights = self.net.state_dict()
+        if not all(value.isfinite().all() for value in weights.values()):
+            raise BadInput(f"the weights are not finite after step {self.done}: lower --lr; "
+                           f"what {self.out} held before is kept")
+        start = self.done - len(self.losses)
+        for k, loss in enumerate(self.losses):
+            self.log += f"{start + k + 1},{loss.item():.6g}\n"
+        self.losses = []
+        rank, _ = processes()
+        if rank > 0:
+            return
+        saved = dict(config=self.config, step=self.done, weights=weights)
+        if self.autoencoder:
+            saved["autoencoder"] = self.autoencoder
+        if self.done < self.config["steps"]:
+            saved["optimizer"] = self.optimizer.state_dict()
+            saved["schedule"] = self.schedule.state_dict()
+        write_whole(self.out.with_suffix(".csv"), self.log.encode())
+        checkpoint.save(self.out, saved)
+
+    def finish(self):
+        """Write the finished checkpoint, if there was anything left to do."""
+        if self.first == self.config["steps"]:
+            say(f"{self.out} is finished: {self.first} steps are done; to train longer: "
+                f"--init {self.out} --out OTHER.pt")
+        else:
+            self.save()
+            say(f"wrote {self.out}")
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def fit(options, config, images, labels, compute_loss):
+    """Train the network of a config with compute_loss(net, z, y): train.py's loop, for any loss.
+
+    Returns the network and its run, which the caller finishes.
+    """
+    torch.manual_seed(options.seed)
+    net = checkpoint.build(config).to(images.device)
+    optimizer = torch.optim.AdamW(net.parameters(), options.lr)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, options.lr, options.steps, pct_start=0.05, cycle_momentum=False)
+    run = Run(options, config, net, optimizer, schedule)
+    shared = share_gradients(net)
+    _, world = processes()
+    for step in run.steps():
+        z, y = mnist.draw_batch(images, labels, options.batch // world)
+        with checkpoint.autocast(images.device):
+            loss = compute_loss(shared, z, y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        run.record(loss)
+    return net, run
