@@ -27,7 +27,7 @@ NETS = {"unet": UNet, "dit": DiT, "classifier": NoisyClassifier, "vae": VAE}
 PIXELS_SHAPE = 1, 32, 32
 LATENT_SHAPE = 4, 8, 8
 LATENT_OPTIONS = {                              # of the networks that work on latents
-    "unet": dict(in_channels=4, channels=(64, 128), layers=2, stride=1),
+    "unet": dict(in_channels=4, channels=(64, 128), stride=1),
     "dit": dict(in_channels=4, size=8, patch=1),
 }
 

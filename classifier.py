@@ -80,6 +80,32 @@ def classifier_guided_field(net, classifier, path, x, t, y, w, null=NULL):
     return u + add_axes(w, x) * b * classifier_gradient(classifier, x, t, y, null)
 
 
+def measure_label_errors(net, path, z, t, eps, labels=10):
+    """|| u_t(x|y) - u_t(x|z) ||^2 for each label y at x = alpha z + beta eps: (B, labels).
+
+    The generator as a classifier: the label whose field fits z best is the one that it gives z
+    (Li et al. 2023, arXiv 2303.16203). t: (B,). One t and eps serve all labels.
+    """
+    x = path.sample(z, eps, t)
+    target = path.target(z, eps, t)
+    errors = []
+    for label in range(labels):
+        u = net(x, t, torch.full((len(z),), label, device=z.device))
+        errors.append((u - target).square().flatten(1).sum(dim=1))
+    return torch.stack(errors, dim=1)
+
+
+def likelihood_weight(path, t):
+    """alpha / (beta D), t / (1 - t) on CondOT: with it errors differ as log-likelihoods do.
+
+    The mean over t ~ U[0, 1) and eps of weight times error is -log p(z|y) plus what all labels
+    share: half the slope of the signal-to-noise ratio alpha^2 / beta^2 weights an error of z
+    (Kingma et al. 2021, arXiv 2107.00630), and an error of z is beta / D times that of u.
+    """
+    alpha, beta = path.alpha(t), path.beta(t)
+    return alpha / (beta * (path.d_alpha(t) * beta - alpha * path.d_beta(t)))
+
+
 def main(argv=None):
     from checkpoint import pick_device
     from command import Parser

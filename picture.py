@@ -42,16 +42,42 @@ def text(string):
     return np.kron(dots, np.full((DOT, DOT), 255)).astype(np.uint8)
 
 
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def chunk(kind, data):
+    """A chunk of a PNG file: its length, kind, data and checksum."""
+    checksum = zlib.crc32(kind + data)
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
+
+
+def header(H, W):
+    return chunk(b"IHDR", struct.pack(">IIBBBBB", W, H, 8, 0, 0, 0, 0))     # 8 bits, grey
+
+
+def compress(grey):
+    """The zipped rows of (H, W) uint8, a 0 before each row: not filtered."""
+    if grey.dtype != np.uint8 or grey.ndim != 2:
+        raise ValueError(f"{grey.dtype} {grey.shape}: a picture is (H, W) uint8")
+    return zlib.compress(np.pad(grey, ((0, 0), (1, 0))).tobytes(), 9)
+
+
 def png(grey):
-    """(H, W) uint8 as an 8-bit grey PNG: signature, header, zipped rows, end; W3C, PNG."""
-    H, W = grey.shape
-    header = struct.pack(">IIBBBBB", W, H, 8, 0, 0, 0, 0)   # 8 bits, grey, no interlacing
-    rows = np.pad(grey, ((0, 0), (1, 0)))                   # a 0 before each row: not filtered
-    out = b"\x89PNG\r\n\x1a\n"
-    for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")):
-        checksum = zlib.crc32(kind + data)
-        out += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", checksum)
-    return out
+    """(H, W) uint8 as an 8-bit grey PNG file; W3C, PNG."""
+    return SIGNATURE + header(*grey.shape) + chunk(b"IDAT", compress(grey)) + chunk(b"IEND", b"")
+
+
+def animated_png(frames, seconds):
+    """Frames (H, W) uint8, each shown for so many seconds, over and over, as a PNG file."""
+    H, W = frames[0].shape
+    out = SIGNATURE + header(H, W) + chunk(b"acTL", struct.pack(">II", len(frames), 0))
+    out += chunk(b"IDAT", compress(frames[-1]))             # for viewers that do not animate
+    for k, (frame, delay) in enumerate(zip(frames, seconds)):
+        numbers = 2 * k, 2 * k + 1              # fcTL and fdAT are counted together
+        out += chunk(b"fcTL", struct.pack(">IIIIIHHBB", numbers[0], W, H, 0, 0,
+                                          round(100 * delay), 100, 0, 0))
+        out += chunk(b"fdAT", struct.pack(">I", numbers[1]) + compress(frame))
+    return out + chunk(b"IEND", b"")
 
 
 def panel(grid, title):

@@ -19,7 +19,7 @@ from paths import PATHS
 from training import Run, add_options, describe, prepare_out, share_gradients
 
 RECIPES = {                                     # the defaults of --steps, --batch and --lr
-    "unet": dict(steps=3500, batch=128, lr=2e-3),
+    "unet": dict(steps=2000, batch=128, lr=2e-3),
     "dit": dict(steps=4200, batch=64, lr=1e-3),
 }
 

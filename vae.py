@@ -96,7 +96,7 @@ def main(argv=None):
     from training import add_options, describe, fit, prepare_out
 
     p = Parser(description="Train the autoencoder of latent diffusion.")
-    add_options(p, out="runs/vae.pt", steps=2000, batch=128, lr=2e-3)
+    add_options(p, out="runs/vae.pt", steps=4000, batch=128, lr=4e-3)
     options = p.parse_args(argv)
     device = pick_device(options.device)
     prepare_out(options, options.data, options.init)

@@ -1,4 +1,4 @@
-"""Guidance rules of the literature, in one table: `python benchmarks/guides.py`.
+"""Guidance rules of the literature, in one table: `python -m experiments.guides`.
 
 A rule makes one vector field of two. All are used alike, rule(cond, uncond, x, t, w) -> u:
 cond is u_t(x|y), uncond is u_t(x|null), t one number, 0 noise, 1 data, and w the scale, in our
@@ -9,25 +9,24 @@ translation stands beside its formula.
 
 Autoguidance needs a weaker network, of a training that is stopped early:
 
-    python train.py --arch unet --steps 150 --out runs/weak.pt
+    python train.py --arch unet --predict z --times logit-normal --steps 150 --out runs/weak.pt
+    python -m experiments.guides --weak runs/weak.pt
 
 Shapes: cond, uncond, x and u are (B, ...), all alike.
 """
-import argparse
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from cfg_min import NULL, euler, guide                          # noqa: E402
-from checkpoint import pick_device                              # noqa: E402
-from command import BadInput, number, run                       # noqa: E402
-from measures import Measures                                   # noqa: E402
-from paths import CondOT                                        # noqa: E402
-from sample import Model, generate                              # noqa: E402
+import checkpoint
+import mnist
+from cfg_min import NULL, euler, guide
+from checkpoint import PIXELS_SHAPE, autocast
+from command import BadInput, Parser, number, run
+from experiments.measures import Measures, show, show_head
+from paths import CondOT
+from sample import CHUNK, Noise
 
 PATH = CondOT()
 
@@ -47,7 +46,7 @@ def std(a):
 def cfg(cond, uncond, x, t, w):
     """(1 - w) u_t(x|null) + w u_t(x|y).
 
-    Ho & Salimans 2022, arXiv 2207.12598, eq. 6: in eps, which is the same; their w is ours minus 1.
+    Ho & Salimans 2022, arXiv 2207.12598: in eps, which is the same; their w is ours minus 1.
     """
     return guide(cond, uncond, w)
 
@@ -145,132 +144,73 @@ def autoguidance(cond, weak, x, t, w):
 
 # ---------------------------------------------------------------- the table
 
-def unconditional(net):
-    """The field (x, t, y) -> u_t(x|null)."""
-    return lambda x, t, y: net(x, t, torch.full_like(y, NULL))
-
-
-def guided(rule, net, second, w):
-    """The field (x, t, y) -> u that a rule makes of net and a second field."""
-    def field(x, t, y):
-        return rule(net(x, t, y), second(x, t, y), x, t, w)
-    return field
+def draw_guided(field, y, steps):
+    """Images (N, 1, 32, 32) uint8 of the labels y (N,), by Euler's method, from the same noise."""
+    images = []
+    for ids in torch.arange(len(y)).split(CHUNK):
+        noise = Noise(0, ids.tolist(), PIXELS_SHAPE)(y)
+        with autocast(y.device):
+            x = euler(partial(field, y=y[ids]), noise, steps)
+        images.append(mnist.to_bytes(x))
+    return torch.cat(images)
 
 
 def rows_of(net, weak, h):
     """The rows of the table: name, rule, its second field. h is the step of Euler's method."""
+    def unconditional(x, t, y):
+        return net(x, t, torch.full_like(y, NULL))
+
     def cfg_plus_plus_of_mean(cond, uncond, x, t, w):
         return cfg_plus_plus(cond, uncond, x, t, lam_of(w, h), h)
 
-    null = unconditional(net)
     rows = [
-        ("CFG", cfg, null),
-        ("interval", interval, null),
-        ("rising scale", rising, null),
-        ("CFG++", cfg_plus_plus_of_mean, null),
-        ("rescale", rescale, null),
-        ("APG", apg, null),
-        ("CFG-Zero*", cfg_zero_star, null),
+        ("CFG", cfg, unconditional),
+        ("interval", interval, unconditional),
+        ("rising scale", rising, unconditional),
+        ("CFG++", cfg_plus_plus_of_mean, unconditional),
+        ("rescale", rescale, unconditional),
+        ("APG", apg, unconditional),
+        ("CFG-Zero*", cfg_zero_star, unconditional),
     ]
     if weak:
         rows.append(("autoguidance", autoguidance, weak))
     return rows
 
 
-def draw(model, field, y, steps):
-    """Images (N, 1, 32, 32) uint8 of the labels y (N,), by Euler's method, always from the same
-    noise."""
-    def simulate(noise, y, randn):
-        return euler(partial(field, y=y), noise, steps)
-
-    images = []
-    for x in generate(simulate, y, model.shape(), seed=0):
-        images.append(model.to_images(x))
-    return torch.cat(images)[:, None].cpu()
-
-
-def cells_of(measures, images, labels, floor):
-    """% read as their label, diversity, Frechet distance over its floor, that of real digits, and %
-    of white pixels."""
-    row = measures(images, labels, apart=False)
-    white = (images == 255).double().mean().item()
-    return row["read"], row["diversity"], row["Frechet"] / floor, 100 * white
-
-
-def line(name, cells):
-    """A row of the table; cells: what cells_of gives, for each w."""
-    text = f"{name:13s}"
-    for read, diversity, distance, white in cells:
-        text += f"{read:10.1f}{diversity:6.2f}{distance:7.2f}{white:6.2f}"
-    return text
-
-
-def heading(scales):
-    """Two lines above the rows: w, and what is measured."""
-    groups = ""
-    columns = ""
-    for w in scales:
-        title = f"w = {w:g}"
-        groups += f"{title:>29s}"
-        columns += f"{'read %':>10s}{'div.':>6s}{'Fr.':>7s}{'white':>6s}"
-    return f"{'':13s}{groups}\n{'':13s}{columns}"
-
-
-def lams(scales, h):
-    """A line below the rows: what w is in CFG++'s own count."""
-    values = ", ".join(f"{lam_of(w, h):.2f}" for w in scales)
-    return f"\nw of CFG++ is its mean w(t): lambda = {values}"
-
-
-def weak_field(file, device):
-    """The field of the weak network; without its file None, and a line that says how it is had."""
-    if Path(file).exists():
-        return Model(file, device).net
-    print(f"no autoguidance without {file}: python train.py --arch unet --steps 150 --out {file}")
-    return None
-
-
 def parse(argv=None):
-    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p = Parser(description=__doc__.splitlines()[0])
     many = number(int, 1, 1e9)
     p.add_argument("--n", type=many, default=1000, help="samples of a measurement (1000)")
     p.add_argument("--steps", type=many, default=25, help="of Euler's method (25)")
     p.add_argument("--w", type=float, nargs="+", default=(1.5, 3.0, 8.0), help="scales (1.5 3 8)")
-    p.add_argument("--ckpt", default=ROOT / "weights/unet.pt", metavar="FILE.pt")
-    p.add_argument("--weak", default="runs/weak.pt", metavar="FILE.pt",
-                   help="of autoguidance (runs/weak.pt)")
+    p.add_argument("--ckpt", default="weights/unet.pt", metavar="FILE.pt")
+    p.add_argument("--weak", metavar="FILE.pt", help="a weaker network, for autoguidance")
     return p.parse_args(argv)
 
 
 @torch.no_grad()
 def main(argv=None):
     options = parse(argv)
-    device = pick_device(None)
-    model = Model(options.ckpt, device)
-    if model.config["path"] != "condot":
-        raise BadInput(f"{options.ckpt}: these guides are written for --path condot")
-    weak = weak_field(options.weak, device)
-    labels = torch.arange(options.n) % 10       # for the measures; y: the same, for the network
-    y = labels.to(device)
+    net, config = checkpoint.load(options.ckpt)
+    if config["path"] != "condot" or config["latent"]:
+        raise BadInput(f"{options.ckpt}: these rules are written for pixels and --path condot")
+    weak = checkpoint.load(options.weak)[0] if options.weak else None
+    y = torch.arange(options.n) % 10
     measures = Measures()
-    real = measures.real_digits(labels)
-    floor = measures(real, labels, apart=False)["Frechet"]
+    print(f"{options.n} digits in {options.steps} steps of Euler's method")
+    for w in options.w:
+        for name, rule, second in rows_of(net, weak, 1 / options.steps):
+            def field(x, t, y):
+                return rule(net(x, t, y), second(x, t, y), x, t, w)
 
-    print(f"{options.n} digits in {options.steps} steps of Euler's method. read %: read as their "
-          "label; div., Fr.: diversity and\nFrechet distance over those of real digits; white: "
-          "% of pixels at 255\n")
-    print(heading(options.w))
-    print(line("real digits", [cells_of(measures, real, labels, floor)]))
-    unguided = draw(model, model.net, y, options.steps)
-    print(line("no guidance", [cells_of(measures, unguided, labels, floor)]), flush=True)
-    for name, rule, second in rows_of(model.net, weak, 1 / options.steps):
-        cells = []
-        for w in options.w:
-            field = guided(rule, model.net, second, w)
-            images = draw(model, field, y, options.steps)
-            cells.append(cells_of(measures, images, labels, floor))
-        print(line(name, cells), flush=True)
-    print(lams(options.w, 1 / options.steps))
+            images = draw_guided(field, y, options.steps)
+            row = measures(images, y)
+            row["white pixels"] = 100 * (images == 255).double().mean().item()
+            if name == "CFG" and w == options.w[0]:
+                show_head(measures, row, y)
+            show(f"w = {w:g}  {name}", row)
+    lams = ", ".join(f"{lam_of(w, 1 / options.steps):.2f}" for w in options.w)
+    print(f"w of CFG++ is its mean w(t): its own lambda is {lams}")
 
 
 if __name__ == "__main__":

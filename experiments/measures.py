@@ -1,18 +1,18 @@
-"""Measures that see what an eye sees: `python benchmarks/measures.py FILE.npz ...` of sample.py.
+"""How good samples are: `python -m experiments.measures FILE.npz ...`, files of sample.py.
 
-read      % of the samples that a judge, a network for clean digits, reads as their label
-Frechet   distance to the test digits in the judge's last hidden layer
-grey      total variation, in %, between the histograms of grey levels of samples and test digits
-black     % of exactly black pixels
-border    mean grey level, of 255, of the outer four pixels
-diversity mean distance of two samples of a class, over that of real digits
-apart     % of the cases in which a small network that is trained on half of the samples and as
-          many real digits tells the other half apart: 50 is chance, and perfect
-shape     the same, when grey levels under 32 are made black and over 223 white
+label accuracy  % of samples to which the evaluator gives their label. The evaluator is a classifier
+                of clean digits, which has seen real training digits only
+Frechet         distance of samples and real test digits in the evaluator's last hidden layer
+                (Heusel et al. 2017)
+diversity       mean distance of two samples of a class, over that of real digits
+C2ST            % of cases in which a small network, trained on half of the samples and as many real
+                digits, tells which is which in the other half: 50 is best (Lopez-Paz & Oquab 2017)
+CAS             % of real test digits that a classifier gets right that was trained on the samples
+                alone (classification accuracy score, Ravuri & Vinyals 2019)
 
-A row of real training digits of the same labels shows what each measure says of perfect samples.
+The row "real" is of real test digits, as many of each label; the distance is always to the other
+test digits. They are shuffled first, as the first half of MNIST's test digits is easier.
 """
-import argparse
 import sys
 from pathlib import Path
 
@@ -21,82 +21,88 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-import mnist                                                    # noqa: E402
-from command import BadInput, run                               # noqa: E402
+import checkpoint
+import mnist
+import sample
+from command import BadInput, Parser, run
 
-JUDGE = HERE / "judge.pt"       # kept after the first run
+EVALUATOR = Path(__file__).parent / "evaluator.pt"          # kept after the first run
 
 
-# ---------------------------------------------------------------- two small networks
+# ---------------------------------------------------------------- small classifiers
 
-def half_size(c, d):
+def halve(c, d):
     """(B, c, H, W) -> (B, d, H/2, W/2)."""
     convolution = nn.Conv2d(c, d, 3, stride=2, padding=1, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(d), nn.ReLU())
 
 
-def make_reader(classes, c=16):
+def make_classifier(classes, c=16):
     """A plain convolutional classifier, (B, 1, 32, 32) -> (B, classes)."""
     return nn.Sequential(
         nn.Conv2d(1, c, 3, padding=1),
         nn.ReLU(),
-        half_size(c, 2 * c),                    # (B, 2 c, 16, 16)
-        half_size(2 * c, 4 * c),                # (B, 4 c, 8, 8)
-        half_size(4 * c, 4 * c),                # (B, 4 c, 4, 4)
+        halve(c, 2 * c),                        # (B, 2 c, 16, 16)
+        halve(2 * c, 4 * c),                    # (B, 4 c, 8, 8)
+        halve(4 * c, 4 * c),                    # (B, 4 c, 4, 4)
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),                           # (B, 4 c)
         nn.Linear(4 * c, classes))
 
 
 @torch.enable_grad()
-def fit(net, images, labels, epochs, batch=100):
-    """Train a reader: AdamW, a rate that rises to 4e-3 and falls to 0 (Smith & Topin 2018)."""
+def fit(net, images, labels, steps, batch=100, noise=0.0):
+    """Train a classifier on (N, 1, 32, 32) uint8: AdamW, a rate that rises to 4e-3 and falls to 0.
+
+    noise: the largest standard deviation of what is added to the images, each drawn its own.
+    """
     net.train()
     optimizer = torch.optim.AdamW(net.parameters())
-    steps = epochs * (len(images) // batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, steps)
-    for _ in range(epochs):
-        order = torch.randperm(len(images))
-        for k in range(len(images) // batch):
-            i = order[k * batch:(k + 1) * batch]
-            loss = F.cross_entropy(net(mnist.to_unit(images[i])), labels[i])
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
+    for _ in range(steps):
+        x, y = mnist.draw_batch(images, labels, batch)
+        x = x + noise * torch.rand(batch, 1, 1, 1) * torch.randn_like(x)
+        loss = F.cross_entropy(net(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
     return net.eval()
 
 
 @torch.no_grad()
-def outputs(net, images):
+def apply(net, images):
     """net's answers to images (N, 1, 32, 32) uint8, (N, ...)."""
     return torch.cat([net(mnist.to_unit(x)) for x in images.split(500)])
 
 
-def load_judge(x_train, y_train):
-    """The judge, which has seen real digits only: trained for a minute once, then kept in JUDGE.
+def load_evaluator(x_train, y_train, steps=2400):
+    """The evaluator, trained on real digits once, then kept in EVALUATOR.
 
-    It is taken from there whatever x_train is: for other data, remove that file first.
+    It trains with faint noise, of up to 13 grey levels, so that it looks at shapes, not at grey
+    levels that no eye tells from black.
     """
+    net = make_classifier(10)
+    data = checkpoint.checksum_of([x_train, y_train])
+    if EVALUATOR.exists():
+        saved = checkpoint.read(EVALUATOR)
+        if saved["config"]["data"] == data:
+            net.load_state_dict(saved["weights"])
+            return net.eval()
+    print("training the evaluator, once: a minute or two", flush=True)
     torch.manual_seed(0)
-    net = make_reader(10)
-    if JUDGE.exists():
-        net.load_state_dict(torch.load(JUDGE, weights_only=True))
-        return net.eval()
-    fit(net, x_train, y_train, epochs=4, batch=128)
-    torch.save(net.state_dict(), JUDGE)
+    fit(net, x_train, y_train, steps, noise=0.1)
+    config = dict(steps=steps, data=data)
+    checkpoint.save(EVALUATOR, dict(config=config, step=steps, weights=net.state_dict()))
     return net
 
 
 # ---------------------------------------------------------------- the measures
 
 def frechet(a, b):
-    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), a squared distance; Heusel et al.
-    2017, eq. 6.
+    """|mean_a - mean_b|^2 + tr(C_a + C_b - 2 (C_a C_b)^(1/2)), a squared distance.
 
-    a, b: features (N, D), (M, D).
+    a, b: features (N, D), (M, D). Heusel et al. 2017.
     """
     a = a.double()
     b = b.double()
@@ -108,138 +114,140 @@ def frechet(a, b):
     return (means + cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()).item()
 
 
-def histogram(images):
-    """The shares of the 256 grey levels, (256,)."""
-    return torch.bincount(images.flatten().int(), minlength=256) / images.numel()
+def classify_two_samples(samples, real, steps=600):
+    """C2ST accuracy in %: trained on one half and tested on the other, both ways.
 
-
-def border_grey(images):
-    """Mean grey level of the outer four pixels of images (N, 1, 32, 32)."""
-    inner = images[:, :, 4:-4, 4:-4]
-    total = images.sum().item() - inner.sum().item()
-    return total / (images.numel() - inner.numel())
-
-
-def shapes(images):
-    """Grey levels under 32 made black, over 223 white: shapes stay, faint grain is gone."""
-    images = torch.where(images < 32, 0, images)
-    return torch.where(images > 223, 255, images)
-
-
-def told_apart(samples, real, steps=500, batch=100):
-    """% told apart by a network that is trained on one half and tested on the other; Lopez-Paz &
-    Oquab 2017, here both ways. It makes about as many steps whatever N is, 10 epochs at least.
-
-    samples, real: (N, 1, 32, 32) uint8, as many of each, of the same labels in the same order.
+    samples, real: (N, 1, 32, 32) uint8, of the same labels in the same order.
     """
     images = torch.stack([samples, real], dim=1).flatten(0, 1)  # in turn, so halves are balanced
     is_real = torch.arange(len(images)) % 2
     half = len(images) // 4 * 2                 # even, so that no pair is torn apart
-    first = slice(0, half)
-    second = slice(half, 2 * half)
-    batch = min(batch, half)
-    epochs = max(10, steps * batch // half)
     right = []
-    for seen, unseen in ((first, second), (second, first)):
+    for seen, unseen in ((slice(0, half), slice(half, None)), (slice(half, None), slice(0, half))):
         torch.manual_seed(0)
-        net = fit(make_reader(2), images[seen], is_real[seen], epochs, batch)
-        answers = outputs(net, images[unseen]).argmax(1)
-        right.append(answers == is_real[unseen])
+        net = fit(make_classifier(2), images[seen], is_real[seen], steps)
+        right.append(apply(net, images[unseen]).argmax(1) == is_real[unseen])
     return 100 * torch.cat(right).double().mean().item()
-
-
-def real_like(labels, x, y, skip=0):
-    """Real digits of these labels (N,), from x of labels y; the first skip of each left out.
-
-    Raises BadInput.
-    """
-    images = torch.empty(len(labels), *x.shape[1:], dtype=x.dtype)
-    for label in labels.unique():
-        places = (labels == label).nonzero()[:, 0]
-        chosen = x[y == label][skip:skip + len(places)]
-        if len(chosen) < len(places):
-            raise BadInput(f"too few real digits {label}: measure fewer samples")
-        images[places] = chosen
-    return images
 
 
 class Measures:
     """All measures against one data set: measures(images, labels) -> {name: number}."""
 
     def __init__(self, data=mnist.FILE):
-        self.x, self.y, self.test, self.y_test = mnist.load(data)
-        self.judge = load_judge(self.x, self.y)
-        self.hidden = self.judge[:-1]
-        self.test_features = outputs(self.hidden, self.test)
-        self.test_histogram = histogram(self.test)
-        self.test_diversity = mnist.diversity(self.test, self.y_test)
+        self.x, self.y, x_test, y_test = mnist.load(data)
+        order = torch.randperm(len(x_test), generator=torch.Generator().manual_seed(0))
+        self.x_test = x_test[order]
+        self.y_test = y_test[order]
+        self.evaluator = load_evaluator(self.x, self.y)
+        self.features = apply(self.evaluator[:-1], self.x_test)
+        self.diversity = mnist.diversity(self.x_test, self.y_test)
 
-    def __call__(self, images, labels, apart=True, shape=False):
-        """images (N, 1, 32, 32) uint8, labels (N,). apart and shape are slow: each trains networks.
-
-        Raises BadInput.
-        """
-        features = outputs(self.hidden, images)
-        reads = self.judge[-1](features).argmax(1)
-        greys = histogram(images)
-        out = {
-            "read": 100 * (reads == labels).double().mean().item(),
-            "Frechet": frechet(features, self.test_features),
-            "grey": 50 * (greys - self.test_histogram).abs().sum().item(),
-            "black": 100 * greys[0].item(),
-            "border": border_grey(images),
-            "diversity": mnist.diversity(images, labels) / self.test_diversity,
-        }
-        if apart or shape:
-            # other digits than those of real_digits, which takes the first of each label
-            most = labels.bincount().max().item()
-            real = real_like(labels, self.x, self.y, skip=most)
-        if apart:
-            out["apart"] = told_apart(images, real)
-        if shape:
-            out["shape"] = told_apart(shapes(images), shapes(real))
-        return out
+    def split(self, labels):
+        """Places of real test digits of these labels, in their order; of the others, as many of
+        each label. Raises BadInput."""
+        places = torch.empty_like(labels)
+        rest = []
+        for label in labels.unique():
+            of_label = (self.y_test == label).nonzero()[:, 0]
+            asked = (labels == label).sum()
+            if asked > len(of_label) - 100:
+                raise BadInput(f"{asked} samples of {label}: at most {len(of_label) - 100}")
+            places[labels == label] = of_label[:asked]
+            rest.append(of_label[asked:])
+        fewest = min(len(part) for part in rest)
+        return places, torch.cat([part[:fewest] for part in rest])
 
     def real_digits(self, labels):
-        """As many training digits of these labels: samples that are perfect."""
-        return real_like(labels, self.x, self.y)
+        """Real test digits of these labels (N,): the best samples that there can be."""
+        places, _ = self.split(labels)
+        return self.x_test[places]
+
+    def __call__(self, images, labels):
+        """The fast measures of images (N, 1, 32, 32) uint8 and labels (N,). Raises BadInput."""
+        if len(images) < 20:
+            raise BadInput(f"{len(images)} samples: at least 20 are needed")
+        _, rest = self.split(labels)
+        features = apply(self.evaluator[:-1], images)
+        guesses = self.evaluator[-1](features).argmax(1)
+        return {
+            "label accuracy": 100 * (guesses == labels).double().mean().item(),
+            "Frechet": frechet(features, self.features[rest]),
+            "diversity": mnist.diversity(images, labels) / self.diversity,
+        }
+
+    def c2st(self, images, labels):
+        """C2ST accuracy against real training digits of the same labels."""
+        real = torch.empty_like(images)
+        for label in labels.unique():
+            real[labels == label] = self.x[self.y == label][:(labels == label).sum()]
+        return classify_two_samples(images, real)
+
+    def cas(self, images, labels):
+        """Classification accuracy score: trained on the samples, tested on all test digits."""
+        torch.manual_seed(0)
+        net = fit(make_classifier(10), images, labels, steps=1500)
+        guesses = apply(net, self.x_test).argmax(1)
+        return 100 * (guesses == self.y_test).double().mean().item()
 
 
 def read_samples(file):
-    """images (N, 1, 32, 32) uint8 and labels (N,) of a file of `sample.py --out FILE.npz`."""
-    with np.load(file, allow_pickle=False) as npz:
-        return torch.from_numpy(npz["images"])[:, None], torch.from_numpy(npz["labels"])
+    """images (N, 1, 32, 32) uint8 and labels (N,) of an .npz of sample.py. Raises BadInput."""
+    try:
+        with np.load(file, allow_pickle=False) as npz:
+            images = npz["images"]
+            labels = npz["labels"]
+    except Exception as error:                  # numpy, zipfile, zlib: each raises its own
+        raise BadInput(f"{file}: {error}; wanted is an .npz of sample.py") from None
+    shapes = images.shape[1:] == (32, 32) and labels.shape == images.shape[:1]
+    if not shapes or images.dtype != np.uint8 or not np.isin(labels, range(10)).all():
+        raise BadInput(f"{file}: wanted are images (N, 32, 32) uint8 and labels (N,) of 0..9")
+    return torch.from_numpy(images)[:, None], torch.from_numpy(labels.astype(np.int64))
 
 
-# decimals of each measure, and of what quality.py adds
-DECIMALS = {"read": 1, "Frechet": 3, "grey": 2, "black": 1, "border": 2, "diversity": 2, "apart": 1,
-            "shape": 1, "w=3 read": 1, "loss": 4, "seconds": 0}
+def draw(ckpt, w, n, *options):
+    """images (N, 1, 32, 32) uint8 and labels (N,) of n samples, as sample.py draws them."""
+    options = sample.parse([f"--w={w}", "--n", str(n), *map(str, options)])
+    net, config = checkpoint.load(ckpt)
+    vae = checkpoint.load_autoencoder(ckpt) if config["latent"] else None
+    y, _ = sample.choose_labels(options)
+    path = sample.PATHS[config["path"]]
+    with torch.no_grad():
+        images = sample.draw_images(net, vae, None, path, options, w, y)
+    return images[:, None], y
+
+
+DECIMALS = {"Frechet": 3, "diversity": 2, "loss": 4, "seconds": 0}      # of others: 1
 
 
 def show(name, row):
     """Print a row of measures."""
-    cells = "".join(f"{value:10.{DECIMALS[key]}f}" for key, value in row.items())
+    cells = "".join(f"{value:16.{DECIMALS.get(key, 1)}f}" for key, value in row.items())
     print(f"{name[-30:]:30s}{cells}", flush=True)
 
 
-def show_names(row):
-    """Print the names of the measures, above the rows."""
-    print(" " * 30 + "".join(f"{key:>10s}" for key in row), flush=True)
+def show_head(measures, row, labels):
+    """Print the names of the measures, and what they say of real digits."""
+    print(" " * 30 + "".join(f"{key:>16s}" for key in row))
+    real = measures.real_digits(labels)
+    show(f"{len(labels)} real digits", measures(real, labels))
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv=None):
+    p = Parser(description="Measure samples.", epilog=__doc__)
     p.add_argument("files", nargs="+", metavar="FILE.npz")
-    options = p.parse_args()
-    measures = Measures()
-    for k, file in enumerate(options.files):
-        images, labels = read_samples(file)
+    p.add_argument("--data", default=mnist.FILE, help="what the samples are compared with (MNIST)")
+    p.add_argument("--slow", action="store_true", help="C2ST and CAS as well: networks are trained")
+    options = p.parse_args(argv)
+    samples = [read_samples(file) for file in options.files]
+    measures = Measures(options.data)
+    for k, (file, (images, labels)) in enumerate(zip(options.files, samples)):
+        row = measures(images, labels)
+        if options.slow:
+            row["C2ST"] = measures.c2st(images, labels)
+            row["CAS"] = measures.cas(images, labels)
         if k == 0:
-            row = measures(measures.real_digits(labels), labels, shape=True)
-            show_names(row)
-            show(f"{len(labels)} real digits", row)
-        show(file, measures(images, labels, shape=True))
+            show_head(measures, row, labels)
+        show(file, row)
 
 
 if __name__ == "__main__":

@@ -1,133 +1,159 @@
-"""Pictures for the README: `python benchmarks/pictures.py strip|away|loss|curves`, into figures/.
+"""The pictures of the documents: `python -m experiments.pictures PART ...`, into figures/.
 
-strip:  digits of the shipped U-Net: a row is one label and noise, a column one w
-away:   threes of w = 3 and, from the same noise, threes away from 8
-loss:   of a training run, by what it printed: `python train.py --arch unet > LOG`, then `loss LOG`
-curves: what w does to three measures of measures.py, 500 samples of the shipped U-Net each
+grid:       digits of the shipped U-Net at w = 1, 3, 5, a row a label, the last row without label
+strip:      a row is one label and noise, a column one w
+away:       threes of w = 3 and, from the same noise, threes away from 8
+trajectory: x_t, the end that it implies, and where the label makes a difference, over t
+moving:     noise becomes digits, w = 1 and w = 3
+line:       where guidance carries the quantiles of the noise, exactly (oracle.py)
+plane:      guided samples of three classes in the plane, exactly (oracle.py)
+loss:       of the shipped U-Net's training, from weights/unet.csv
 """
-import argparse
-import re
 import sys
-import tempfile
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-import picture                                                  # noqa: E402
-from command import BadInput, run, write_whole                  # noqa: E402
-from measures import Measures                                   # noqa: E402
-from quality import sampled                                     # noqa: E402
+import checkpoint
+import oracle
+import picture
+import sample
+from cfg_min import NULL, guided_field, times
+from command import Parser, run, write_whole
+from experiments.measures import draw
+from mnist import to_bytes
+from oracle import TRIANGLE, TWO
 
-WIDTH, HEIGHT = 240, 160                        # of a plot, from axis to axis, in pixels
-LEFT, TOP, RIGHT, BELOW = 56, 8, 20, 24         # around it, for the numbers
-
-
-def round_numbers(values):
-    """At most ten round numbers in equal steps, from below the values to above."""
-    low = min(values)
-    high = max(values)
-    steps = [digit * 10.0**k for k in range(-4, 6) for digit in (1, 2, 5)]
-    step = min(step for step in steps if high - low <= 8 * step)
-    return step * np.arange(np.floor(low / step), np.ceil(high / step) + 1)
+HERE = Path(__file__).parent.parent
+UNET = "weights/unet.pt"
 
 
-def powers_of_2(values):
-    """The same for an axis of logarithms."""
-    low, high = np.log2([min(values), max(values)])
-    return 2 ** np.arange(np.floor(low), np.ceil(high) + 1)
+def write(name, data):
+    write_whole(HERE / "figures" / name, data)
+    print(f"wrote figures/{name}")
 
 
-def places(values, ticks, size):
-    """Where values stand on an axis of so many pixels that reaches from tick to tick."""
-    share = (values - ticks[0]) / (ticks[-1] - ticks[0])
-    return (share * (size - 1)).round().astype(int)
+# ---------------------------------------------------------------- digits
+
+def grid():
+    sample.main(["--w", "1", "3", "5", "--ckpt", UNET, "--out", str(HERE / "figures/grid.png")])
 
 
-def write_text(image, string, top, left):
-    dots = picture.text(string)
-    image[top:top + dots.shape[0], left:left + dots.shape[1]] = dots
+def strip(scales=(0, 1, 1.5, 2, 3, 5, 8)):
+    columns = [draw(UNET, w, 10)[0][:, 0] for w in scales]              # (10, 32, 32) each
+    panels = [picture.panel(column[:, None].numpy(), f"{w:g}")
+              for w, column in zip(scales, columns)]
+    write("strip.png", picture.png(np.hstack(panels)))
 
 
-def line_plot(xs, ys, title, x_ticks, y_ticks, scale=np.asarray):
-    """The line through (xs, ys) under its title, (H, W) uint8; scale=np.log2: a logarithmic y axis.
-    """
-    image = np.zeros((TOP + HEIGHT + BELOW, LEFT + WIDTH + RIGHT), np.uint8)
-    bottom = TOP + HEIGHT - 1
-    for tick, column in zip(x_ticks, LEFT + places(x_ticks, x_ticks, WIDTH)):
-        image[TOP:bottom + 1, column] = 64
-        write_text(image, f"{tick:g}", bottom + 9, column - 4 * len(f"{tick:g}") + 1)
-    for tick, up in zip(y_ticks, places(scale(y_ticks), scale(y_ticks), HEIGHT)):
-        image[bottom - up, LEFT:LEFT + WIDTH] = 64
-        write_text(image, f"{tick:g}", bottom - up - 5, LEFT - 6 - 8 * len(f"{tick:g}"))
-    columns = LEFT + places(xs, x_ticks, WIDTH)
-    rows = bottom - places(scale(ys), scale(y_ticks), HEIGHT)
-    for start, end in pairwise(zip(columns, rows)):
-        for column, row in np.linspace(start, end, 2 * WIDTH).round().astype(int):
-            image[row:row + 2, column:column + 2] = 255
-    return picture.framed(image, title)
+def away():
+    options = "--label", 3
+    threes = draw(UNET, 3, 10, *options)[0][:, 0]
+    from_8 = draw(UNET, 3, 10, *options, "--away-from", 8)[0][:, 0]
+    write("away.png", picture.png(picture.panel(torch.stack([threes, from_8]).numpy(), "w = 3")))
 
 
-def strip(folder, scales=(0, 1, 1.5, 2, 3, 5, 8)):
-    """All ten digits, a row each, and a column for each w; a row starts from one noise."""
-    columns = [sampled(folder, "weights/unet.pt", w, 10)[0] for w in scales]
-    grid = torch.cat(columns, dim=1).numpy()    # (10, columns, 32, 32)
-    return picture.panel(grid, "w =", "".join(f"{w:<4g}" for w in scales).rstrip())
+@torch.no_grad()
+def follow(w, y, steps):
+    """x_t of Euler's method for the labels y (B,), at each of its times, 1 included: (t, x)."""
+    net, _ = checkpoint.load(UNET)
+    x = sample.Noise(0, range(len(y)), checkpoint.PIXELS_SHAPE)(y)
+    for t, s in times(steps):
+        yield net, t, x
+        x = x + (s - t) * guided_field(net, x, t, y, w)
+    yield net, 1.0, x
 
 
-def away(folder):
-    """Guidance away from none, above, and from the label 8, below."""
-    rows = []
-    for more in ((), ("--away-from", 8)):
-        images, _, _ = sampled(folder, "weights/unet.pt", 3, 10, "--label", 3, *more)
-        rows.append(images[:, 0])
-    return picture.panel(torch.stack(rows).numpy())
+@torch.no_grad()
+def trajectory(w=3, steps=20):
+    """Rows of four digits: x_t; E[z|x_t] of the guided field; |u_t(x|y) - u_t(x|null)|."""
+    y = torch.tensor([2, 4, 5, 8])
+    columns = []
+    for net, t, x in follow(w, y, steps):
+        if round(t * steps) % 2 or t == 1:
+            continue
+        guess = oracle.PATH.u_to_data(guided_field(net, x, t, y, w), x, t)
+        difference = net(x, t, y) - net(x, t, torch.full_like(y, NULL))
+        rows = [to_bytes(x), to_bytes(guess), to_bytes(2 * difference.abs() - 1)]
+        columns.append(torch.stack(rows, dim=1)[:, :, 0])               # (4, 3, 32, 32)
+    image = torch.stack(columns, dim=2).flatten(0, 1)                   # (12, 10, 32, 32)
+    write("trajectory.png", picture.png(picture.panel(image.numpy(), f"w = {w:g}")))
 
 
-def loss(log):
-    """The loss, on an axis of logarithms, over the steps."""
-    lines = re.findall(r"step (\d+)/\d+  loss (\S+)", Path(log).read_text())
-    if len(lines) < 2:
-        raise BadInput(f"{log}: not the lines of a run of train.py")
-    steps, losses = np.array(lines, float).T
-    x_ticks = np.linspace(0, steps[-1], 5)
-    return line_plot(steps, losses, "loss over steps", x_ticks, powers_of_2(losses), np.log2)
-
-
-def curves(folder, scales=(0, 0.5, 1, 1.5, 2, 3, 5, 8), n=500):
-    """Three measures over w, side by side."""
-    measures = Measures()
-    rows = []
-    for w in scales:
-        images, labels, _ = sampled(folder, "weights/unet.pt", w, n)
-        rows.append(measures(images, labels, apart=False))
+def moving(steps=24):
+    """Two panels of 20 digits, in 16 grey levels, so that noise takes less room."""
+    y = torch.arange(20) % 10
     panels = []
-    for name in ("read", "Frechet", "diversity"):
-        values = np.array([row[name] for row in rows])
-        title = f"{name.lower()} over w"
-        panels.append(line_plot(scales, values, title, np.arange(9), round_numbers(values)))
-    return np.hstack(panels)
+    for w in (1, 3):
+        frames = [to_bytes(x).view(2, 10, 32, 32) // 17 * 17 for _, _, x in follow(w, y, steps)]
+        panels.append([picture.panel(frame.numpy(), f"w = {w:g}") for frame in frames[::2]])
+    frames = [np.vstack(pair) for pair in zip(*panels)]
+    seconds = [0.15] * (len(frames) - 1) + [2.5]
+    write("moving.png", picture.animated_png(frames, seconds))
 
 
-SAMPLED = {"strip": strip, "away": away, "curves": curves}
+# ---------------------------------------------------------------- the oracle
+
+def line(scales=(1, 3, 8), steps=50, n=15):
+    """Where the guided ODE carries the quantiles of the noise; dots: those of the tilted one."""
+    share = (torch.arange(n) + 0.5) / n
+    points = torch.linspace(-4, 8, 4001)[:, None]
+    y = torch.ones(n, dtype=torch.int64)
+    net = partial(TWO.u, oracle.PATH)
+    panels = []
+    for w in scales:
+        x = torch.special.ndtri(share)[:, None]             # quantiles of N(0, 1)
+        lines = [x[:, 0]]
+        for t, s in times(steps):
+            x = x + (s - t) * guided_field(net, x, t, y, w)
+            lines.append(x[:, 0])
+        ts = [k / steps for k in range(steps + 1)]
+        marks = [picture.line(ts, xs.tolist()) for xs in torch.stack(lines, dim=1)]
+        ends = torch.searchsorted(oracle.tilted(TWO, 1, w, points).cumsum(0), share.double())
+        marks.append(picture.dots([1.04] * n, points[ends, 0].tolist()))
+        panels.append(picture.axes(marks, (0, 1.08), (-3, 4), f"w = {w}", "t", "x"))
+    write("oracle_line.svg", picture.svg(panels).encode())
 
 
-def main():
-    p = argparse.ArgumentParser(description=__doc__,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("part", choices=("loss", *SAMPLED))
-    p.add_argument("log", nargs="?", default="LOG", help="of loss: what train.py printed")
-    options = p.parse_args()
-    if options.part == "loss":
-        image = loss(options.log)
-    else:
-        with tempfile.TemporaryDirectory() as folder:
-            draw = SAMPLED[options.part]
-            image = draw(folder)
-    write_whole(ROOT / f"figures/{options.part}.png", picture.png(image))
+def plane(w=3, n=400, steps=200):
+    """Guided samples of the top class of TRIANGLE, and draws of the tilted distribution."""
+    torch.manual_seed(0)
+    ticks = torch.linspace(-3, 3, 200)
+    points = torch.cartesian_prod(ticks, ticks)
+    drawn = torch.multinomial(oracle.tilted(TRIANGLE, 0, w, points), n, replacement=True)
+    clouds = {"data of the class": TRIANGLE.draw(n, y=0)}
+    clouds |= oracle.guided_samples(TRIANGLE, 0, w, n, steps, dimensions=2)
+    clouds["tilted distribution"] = points[drawn] + 6 / 200 * (torch.rand(n, 2) - 0.5)
+    del clouds["guided SDE"]
+    behind = picture.dots(*TRIANGLE.draw(2 * n).T.tolist(), colour="#ddd")
+    panels = []
+    for title, x in clouds.items():
+        marks = [behind, picture.dots(*x.T.tolist())]
+        panels.append(picture.axes(marks, (-2.75, 2.75), (-2.25, 2.75), title))
+    write("oracle_plane.svg", picture.svg(panels).encode())
+
+
+def loss(bin=50):
+    """The mean loss of every so many steps."""
+    _, values = np.loadtxt(HERE / "weights/unet.csv", delimiter=",", skiprows=1).T
+    means = values[:len(values) // bin * bin].reshape(-1, bin).mean(axis=1)
+    steps = bin * (np.arange(len(means)) + 0.5)
+    panel = picture.axes([picture.line(steps, means)], (0, len(values)), (0, 0.4),
+                         "shipped U-Net", "step", "loss")
+    write("loss.svg", picture.svg([panel]).encode())
+
+
+PARTS = {"grid": grid, "strip": strip, "away": away, "trajectory": trajectory, "moving": moving,
+         "line": line, "plane": plane, "loss": loss}
+
+
+def main(argv=None):
+    p = Parser(description="Draw the pictures of the documents.", epilog=__doc__)
+    p.add_argument("parts", nargs="+", choices=PARTS)
+    for part in p.parse_args(argv).parts:
+        PARTS[part]()
 
 
 if __name__ == "__main__":

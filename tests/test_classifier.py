@@ -1,0 +1,64 @@
+"""The noisy classifier: its network, its loss, its gradient. The field it guides: test_cfg.py."""
+import pytest
+import torch
+
+from cfg_min import NULL
+from classifier import NoisyClassifier, classifier_gradient, classifier_loss
+from conftest import ALL_PATHS, call_loss, check_draws, close, distance, gradient, randomize
+from oracle import TWO
+from paths import CondOT
+
+
+def test_the_classifier_gives_ten_logits_that_depend_on_t_and_all_its_weights():
+    """classifier(x, t) -> (B, 10); t (B,) or a number."""
+    net = randomize(NoisyClassifier())
+    x = torch.randn(2, 1, 32, 32)
+    early = net(x, 0.0)
+    assert early.shape == (2, 10)
+    assert distance(early, net(x, torch.ones(2))) > 1e-4
+    early.log_softmax(dim=1)[:, 3].sum().backward()
+    for name, p in net.named_parameters():
+        assert p.grad.abs().sum() > 0, name
+
+
+@ALL_PATHS
+def test_the_loss_is_the_cross_entropy_of_noisy_images(path):
+    """-E log p_theta(y|x_t), t ~ U[0, 1), x_t ~ p_t(x|z)."""
+    def classifier(x, t):
+        return x.flatten(1).repeat(1, 3)[:, :10] * (1 + t[:, None])
+
+    loss, z, y, x, t = call_loss(classifier_loss, classifier, path)
+    check_draws(path, z, x, t)
+    log_p = classifier(x, t).log_softmax(dim=1)
+    close(loss, -log_p[torch.arange(4000), y].mean(), 1e-6)
+
+
+def test_the_loss_is_least_at_the_exact_posterior():
+    """Of softmax(sharpness log p_t(y|x)), sharpness = 1 has the least cross-entropy."""
+    z = TWO.draw(2000)
+    y = torch.bernoulli(TWO.posterior(CondOT(), z, 1.0)[:, 1]).long()
+    losses = []
+    for sharpness in (0.5, 1.0, 2.0):
+        torch.manual_seed(1)
+        losses.append(classifier_loss(
+            lambda x, t: sharpness * TWO.log_posterior(CondOT(), x, t)[:, :2], CondOT(), z, y))
+    assert losses.index(min(losses)) == 1
+
+
+@pytest.mark.parametrize("null", [NULL, 4])
+def test_the_gradient_is_each_samples_own_and_0_without_a_label(null):
+    """grad log p_t(y|x) by autograd, sample by sample, in a batch of several labels and null."""
+    def classifier(x, t):
+        return (x[:, :1] * torch.arange(10.0).double() * (1 + t[:, None])).sin()
+
+    x = torch.tensor([[0.3, 1.0], [0.7, 2.0], [-0.4, 3.0]]).double()
+    t = torch.tensor([0.5, 0.6, 0.7]).double()
+    y = torch.tensor([2, null, 7])
+    all_of_them = classifier_gradient(classifier, x, t, y, null)
+    for i in (0, 2):
+        def log_p(v):
+            return classifier(v, t[i:i + 1]).log_softmax(dim=1)[:, y[i]]
+
+        close(all_of_them[i:i + 1], gradient(log_p, x[i:i + 1]))
+        assert all_of_them[i, 0] != 0
+    assert all_of_them[1].tolist() == [0, 0]

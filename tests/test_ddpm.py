@@ -1,0 +1,364 @@
+"""The DDPM lecture, proved: its chain and ELBO, L_simple, the two samplings and the two guided ones.
+
+Its letters: x_k for k = 0 ... T is x at t = 1 - k/T, x_0 the data. a_k = 1 - beta_k (its alpha_t),
+abar_k their product: alpha = sqrt(abar), beta = sqrt(1 - abar). gamma is our w.
+"""
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch.distributions import Independent, Normal, kl_divergence
+
+from cfg_min import NULL
+from classifier import classifier_gradient, classifier_guided_field
+from conftest import (ALL_PATHS, GAUSS, MANY, MIX, call_loss, check_draws, close, distance, double,
+                      gradient, ks_distance, labels, line, normal_cdf, tiny)
+from ddpm import cfg_dsm_loss, ddim
+from oracle import TWO
+from paths import DDPM, CondOT, GaussianPath
+
+T = 1000
+BETAS = line(1e-4, 0.02, T)                     # of steps 1 ... T; Ho et al. 2020
+ABAR = torch.cat([double([1.0]), torch.cumprod(1 - BETAS, dim=0)])          # of times 0 ... T
+
+
+def rates(k):
+    """a_k, abar_k, abar_(k-1) and beta~_k."""
+    a, abar, prev = 1 - BETAS[k - 1], ABAR[k], ABAR[k - 1]
+    return a, abar, prev, (1 - a) * (1 - prev) / (1 - abar)
+
+
+def mu_of(x, eps, k):
+    """mu_theta = x / sqrt(a) - (1 - a) / sqrt(a (1 - abar)) eps_theta."""
+    a, abar, _, _ = rates(k)
+    return x / a.sqrt() - (1 - a) / (a * (1 - abar)).sqrt() * eps
+
+
+class Chain(GaussianPath):
+    """The chain as a path: abar_k from t = 1 - k/T on. Its slopes only give u its meaning."""
+
+    def step(self, t): return (T * (1 - t) - 1e-6).ceil().long()
+    def alpha(self, t): return ABAR[self.step(t)].sqrt()
+    def beta(self, t): return (1 - ABAR[self.step(t)]).sqrt()
+    def d_alpha(self, t): return torch.ones_like(t)
+    def d_beta(self, t): return -torch.ones_like(t)
+
+
+STEPS = pytest.mark.parametrize("k", [2, 50, 500, 1000])
+
+
+# ---------------------------------------------------------------- the chain
+
+def test_steps_of_the_chain_compose_to_abar():
+    """q(x_t|x_{t-1}) = N(sqrt(a) x_{t-1}, 1 - a), t times, is N(sqrt(abar) x_0, 1 - abar)."""
+    scale = double(1.0)
+    var = double(0.0)
+    for k in range(1, T + 1):
+        a, abar, _, _ = rates(k)
+        scale = a.sqrt() * scale
+        var = a * var + (1 - a)
+        close([scale, var], [abar.sqrt(), 1 - abar])
+
+
+def test_the_path_ddpm_is_the_chain_in_continuous_time():
+    """alpha = sqrt(abar) at t = 1 - t_DDPM / T, and alpha^2 + beta^2 = 1."""
+    t = 1 - torch.arange(T + 1).double() / T
+    close(DDPM().alpha(t), ABAR.sqrt(), 2e-3)
+    close(DDPM().alpha(t)**2 + DDPM().beta(t)**2, torch.ones(T + 1))
+
+
+@STEPS
+def test_the_posterior_of_a_step_is_the_product_of_two_gaussians(k, x):
+    """q(x_{t-1}|x_t, x_0) ~ N(x_{t-1}; sqrt(prev) x_0, 1 - prev) N(x_t; sqrt(a) x_{t-1}, 1 - a)."""
+    a, abar, prev, var = rates(k)
+    eps = torch.randn_like(x)
+    x_t = abar.sqrt() * x + (1 - abar).sqrt() * eps
+    precision = 1 / (1 - prev) + a / (1 - a)
+    mean = (prev.sqrt() * x / (1 - prev) + a.sqrt() * x_t / (1 - a)) / precision
+    close(1 / precision, var)                   # beta~
+    close(mu_of(x_t, eps, k), mean)             # mu~
+
+
+@STEPS
+def test_a_term_of_the_elbo_is_the_weighted_error_of_eps(k, x):
+    """L_t = KL(q || p) = (1 - a)^2 / (2 beta~ a (1 - abar)) || eps - eps_theta ||^2."""
+    a, abar, _, var = rates(k)
+    eps, eps_theta = torch.randn(2, 6, 2).double()
+    q = Independent(Normal(mu_of(x, eps, k), var.sqrt()), 1)
+    p = Independent(Normal(mu_of(x, eps_theta, k), var.sqrt()), 1)
+    weight = (1 - a)**2 / (2 * var * a * (1 - abar))
+    close(kl_divergence(q, p), weight * ((eps - eps_theta)**2).sum(dim=1))
+
+
+# ---------------------------------------------------------------- the ELBO of a Gaussian, exactly
+
+SPREAD = (ABAR * 0.4**2 + 1 - ABAR).sqrt()      # std of x_k for the data N(0.7, 0.4^2), k = 0 ... T
+Q_0 = Normal(double(0.7), SPREAD[0])
+Q_T = Normal(ABAR[-1].sqrt() * 0.7, SPREAD[-1])
+P_T = Normal(double(0.0), 1.0)                  # the prior
+K = torch.arange(1, T + 1)
+
+
+def reverse_chain():
+    """For the exact eps: slope and shift of mu_theta(x, k); the variance of q(x_{k-1}|x_k)."""
+    def mu(x):
+        x = torch.full((T, 1), x).double()
+        _, eps = GAUSS.data_and_eps(Chain(), x, 1 - K / double(T), labels(0, x))
+        return mu_of(x[:, 0], eps[:, 0], K)
+
+    return mu(1.0) - mu(0.0), mu(0.0), BETAS * SPREAD[:-1]**2 / SPREAD[1:]**2
+
+
+def ddpm_chain():
+    """The same with the lecture's assumption, variance beta~; but beta~_1 = 0, so not for k = 1."""
+    slope, shift, exact_var = reverse_chain()
+    _, _, _, var = rates(K)
+    var[0] = exact_var[0]
+    return slope, shift, var
+
+
+def elbo(x_0, slope, shift, var, prior):
+    """E log p(x_0|x_1) - KL(q(x_T|x_0) || p(x_T)) - sum_{t=2}^T E KL(q(x_{t-1}|x_t, x_0) || p)."""
+    a, abar, prev, beta_tilde = rates(K)
+    x_k = abar.sqrt() * x_0                     # mean of q(x_k|x_0); its variance is 1 - abar
+    by_x_k = a.sqrt() * (1 - prev) / (1 - abar)             # mu~ = by_x_k x_k + by_x_0 x_0
+    by_x_0 = (1 - a) * prev.sqrt() / (1 - abar)
+    gap = (by_x_k - slope) * x_k + by_x_0 * x_0 - shift     # mean of mu~ - mu_theta
+    square = gap**2 + (by_x_k - slope)**2 * (1 - abar)
+    ratio = beta_tilde / var
+    L = square / (2 * var) + (ratio - 1 - ratio.log()) / 2
+    reconstruction = -(2 * math.pi * var[0]).log() / 2 - square[0] / (2 * var[0])
+    q_T = Normal(x_k[-1], (1 - abar[-1]).sqrt())
+    return reconstruction - kl_divergence(q_T, prior) - L[1:].sum()
+
+
+@pytest.mark.parametrize("x_0", [-1.0, 0.7, 2.0])
+def test_the_elbo_of_the_exact_reverse_chain_is_log_p(x_0):
+    """p(x_{t-1}|x_t) = q(x_{t-1}|x_t) and p(x_T) = q(x_T): log p(x) = L(q, theta), with no gap."""
+    close(elbo(x_0, *reverse_chain(), Q_T), Q_0.log_prob(double(x_0)))
+
+
+@pytest.mark.parametrize("x_0", [-1.0, 0.7, 2.0])
+def test_the_elbo_of_ddpm_is_a_bound(x_0):
+    """log p(x) >= L(q, theta), p(x_0) the distribution at the end of the chain from N(0, I)."""
+    slope, shift, var = ddpm_chain()
+    mean_k, var_k = P_T.mean, P_T.variance
+    for k in range(T - 1, -1, -1):
+        mean_k = slope[k] * mean_k + shift[k]
+        var_k = slope[k]**2 * var_k + var[k]
+    log_p = Normal(mean_k, var_k.sqrt()).log_prob(double(x_0))
+    gap = log_p - elbo(x_0, slope, shift, var, P_T)
+    assert 1e-3 < gap < 2
+
+
+# ---------------------------------------------------------------- training
+
+@pytest.mark.parametrize("eta", [0.1, 0.3])
+@ALL_PATHS
+def test_the_dsm_loss_is_the_squared_error_of_eps(path, eta):
+    """E || eps_theta(x|y) - eps ||^2, labels dropped with probability eta, 0.1 unless given."""
+    options = {} if eta == 0.1 else dict(eta=eta)
+    loss, z, y, x, t, y_seen = call_loss(cfg_dsm_loss, tiny, path, **options)
+    eps = check_draws(path, z, x, t)
+    dropped = y_seen == NULL
+    assert abs(dropped.double().mean() - eta) < 0.02
+    assert torch.equal(y_seen[~dropped], y[~dropped])
+    close(loss, ((tiny(x, t, y_seen) - eps)**2).mean(), 1e-6)
+
+
+@ALL_PATHS
+def test_the_printed_dsm_loss_is_ours_over_beta_squared(path):
+    """|| s_theta - grad log p_t(x|z) ||^2 = || eps_theta - eps ||^2 / beta_t^2, at each t.
+
+    Its mean over t ~ U[0, 1) is infinite: on CondOT and Cosine as int dt / (1 - t)^2, on DDPM,
+    whose beta_t^2 is about 0.1 (1 - t) near t = 1, as int dt / (1 - t).
+    """
+    ours, z, y, x, t, y_seen = call_loss(cfg_dsm_loss, tiny, path)
+    alpha, beta, _, _ = path.at(t, z)
+    score = gradient(Normal(alpha * z, beta.expand_as(z)).log_prob, x)      # grad log p_t(x|z)
+    printed = ((-tiny(x, t, y_seen) / beta - score)**2).mean(dim=(1, 2, 3))
+    close(ours, (beta.flatten()**2 * printed).mean(), 1e-6)
+    near, nearer = path.beta(double([1 - 1e-5, 1 - 1e-6]))**2
+    close(near / nearer, 10 if isinstance(path, DDPM) else 100, 1e-3)       # the power of 1 - t
+
+
+def test_l_simple_is_our_dsm_loss_on_the_chain():
+    """|| eps - eps_theta(sqrt(abar_k) x_0 + sqrt(1 - abar_k) eps, k) ||^2 for k ~ U{1, ..., T}."""
+    loss, z, y, x, t, _ = call_loss(cfg_dsm_loss, tiny, Chain(), eta=0.0)
+    k = Chain().step(double(t))
+    assert ks_distance(k / T, lambda share: share) < 0.025
+    abar = ABAR[k].view(-1, 1, 1, 1)
+    eps = (x - abar.sqrt() * z) / (1 - abar).sqrt()
+    assert ks_distance(eps.flatten(), normal_cdf) < 0.015
+    close(loss, ((eps - tiny(x, t, y))**2).mean(), 1e-6)
+
+
+# ---------------------------------------------------------------- sampling
+
+def lecture_sampling(eps_theta, x, noise, push=None):
+    """x_{k-1} = mu_theta(x_k, k) + sqrt(beta~_k) xi for k = K, ..., 1; noise: K times xi.
+
+    push(mu, k - 1) gives gamma g of the first "Guided sampling", for mu + beta~ gamma g.
+    """
+    for k in range(len(noise), 0, -1):
+        _, _, _, var = rates(k)
+        mu = mu_of(x, eps_theta(x, k), k)
+        if push:
+            mu = mu + var * push(mu, 1 - (k - 1) / T)
+        x = mu + var.sqrt() * noise[k - 1]
+    return x
+
+
+def our_sampling(field, x, noise, path=Chain(), push=None):
+    """The same by ddim with noise 1."""
+    left = list(noise)                          # of the steps K, ..., 1: the last first
+    return ddim(field, x, len(noise), path, noise=1.0, push=push, t0=1 - len(noise) / T,
+                randn=lambda _: left.pop())
+
+
+def eps_of(x, k, y):
+    """The perfect network of the lecture, eps_theta(x, k) for the labels y."""
+    return MIX.data_and_eps(Chain(), x, 1 - k / T, y)[1]
+
+
+def g_of(x, t):
+    """gamma grad log p(y|x), of the perfect classifier, for gamma = 3."""
+    return 3 * classifier_gradient(partial(MIX.log_posterior, Chain()), x, t, MANY)
+
+
+@pytest.mark.parametrize("path, tol", [(Chain(), 1e-8), (DDPM(), 0.03)], ids=["chain", "ddpm"])
+def test_ddim_with_noise_1_is_the_lectures_sampling(path, tol, x):
+    """Box "Sampling", all T steps: on the chain exactly, on the path DDPM nearly."""
+    noise = torch.randn(T, 6, 2).double()
+    ours = our_sampling(partial(MIX.u, path, y=MANY), x, noise, path)
+    assert distance(ours, lecture_sampling(partial(eps_of, y=MANY), x, noise)) < tol
+
+
+def test_ddim_with_a_push_is_the_lectures_first_guided_sampling(x):
+    """x_{k-1} = mu_theta + beta~ gamma g + sqrt(beta~) xi; the lecture prints sqrt(beta~) g."""
+    noise = torch.randn(100, 6, 2).double()     # from k = 100 on
+    null = labels(NULL, x)
+    ours = our_sampling(partial(MIX.u, Chain(), y=null), x, noise, push=g_of)
+    close(ours, lecture_sampling(partial(eps_of, y=null), x, noise, g_of))
+
+
+def test_ddim_on_the_classifier_guided_field_is_the_lectures_second_guided_sampling(x):
+    """eps^ = eps_theta - gamma sqrt(1 - abar) g, mu_theta of it, and sqrt(beta~) xi."""
+    noise = torch.randn(100, 6, 2).double()
+    null = labels(NULL, x)
+    classifier = partial(MIX.log_posterior, Chain())
+    field = partial(classifier_guided_field, partial(MIX.u, Chain()), classifier, Chain(), y=MANY,
+                    w=3.0)
+
+    def corrected(x, k):
+        return eps_of(x, k, null) - (1 - ABAR[k]).sqrt() * g_of(x, 1 - k / T)
+
+    close(our_sampling(field, x, noise), lecture_sampling(corrected, x, noise), 1e-6)
+
+
+@ALL_PATHS
+@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
+def test_a_step_of_ddim(path, noise, x):
+    """x_s = alpha_s z + sqrt(beta_s^2 - sigma^2) eps + sigma xi, sigma = noise sqrt(beta~)."""
+    z, eps, xi = torch.randn(3, 6, 2).double()
+    states = []
+
+    def field(x, t):
+        states.append(x)
+        return path.target(z, eps, t)
+
+    ddim(field, path.sample(z, eps, 0.5), 2, path, noise=noise, t0=0.5, randn=lambda _: xi)
+    t, s = double(0.5), double(0.75)
+    added = path.beta(t)**2 - (path.alpha(t) / path.alpha(s))**2 * path.beta(s)**2
+    sigma = noise * added.sqrt() * path.beta(s) / path.beta(t)
+    mean = path.alpha(s) * z + (path.beta(s)**2 - sigma**2).sqrt() * eps
+    close(states[1], mean + sigma * xi)
+
+
+def test_ddim_takes_no_root_of_what_rounding_left_below_0():
+    """sigma^2 may round to more than beta_s^2, where noise is 1 and t near 0."""
+    for t0 in line(0.001, 0.1, 400).tolist():
+        x = ddim(lambda x, t: x, torch.ones(1, 1), 2, CondOT(), noise=1.0, t0=t0)
+        assert x.isfinite().all()
+
+
+# ---------------------------------------------------------------- guided sampling, derived
+
+def pair_through_x_0(k, y, x_prev, x_t):
+    """q(x_{t-1}, x_t|y) = int q(x_0|y) q(x_t|x_0) q(x_{t-1}|x_t, x_0) dx_0, matrices alike."""
+    _, abar, _, var = rates(k)
+    x_0 = line(-5, 5, 801)[:, None]
+    q_0 = TWO.log_p(CondOT(), x_0, 1.0, labels(y, x_0)).exp() / 80          # dx_0 is 1/80
+    x_0 = x_0[:, :, None]                       # (801, 1, 1)
+    eps = (x_t - abar.sqrt() * x_0) / (1 - abar).sqrt()
+    q_t = Normal(abar.sqrt() * x_0, (1 - abar).sqrt()).log_prob(x_t).exp()
+    q_prev = Normal(mu_of(x_t, eps, k), var.sqrt()).log_prob(x_prev).exp()
+    return (q_0[:, None, None] * q_t * q_prev).sum(dim=0)
+
+
+@pytest.mark.parametrize("k", [100, 700])
+def test_a_label_depends_on_the_less_noisy_point_alone(k):
+    """q(y|x_{t-1}, x_t) = q(y|x_{t-1}); so q(x_{t-1}|x_t, y) ~ q(y|x_{t-1}) q(x_{t-1}|x_t)."""
+    x_prev = line(-1.5, 1.5, 7)[:, None]
+    x_t = x_prev + BETAS[k - 1].sqrt() * line(-2, 2, 5)             # (7, 5)
+    q = torch.stack([pair_through_x_0(k, y, x_prev, x_t) for y in (0, 1)])
+    q_y = q / q.sum(dim=0)                      # of two labels, equally likely
+    classifier = TWO.posterior(Chain(), x_prev, 1 - (k - 1) / T)[:, :2]
+    for j in range(5):
+        close(q_y[:, :, j], classifier.T, 1e-6)
+
+
+def test_a_guided_gaussian_moves_by_its_variance_times_g():
+    """N(mu, s^2) times exp(x g) is N(mu + s^2 g, s^2). The lecture prints s g."""
+    mu, s, g = 0.3, 0.4, 1.7
+    grid = line(-5, 6, 20001)
+    p = (Normal(mu, s).log_prob(grid) + grid * g).softmax(dim=0)
+    mean = (p * grid).sum()
+    close(mean, mu + s**2 * g, 1e-6)
+    assert abs(mean - (mu + s * g)) > 0.1
+
+
+def step_of_ddpm(mixture, x, h):
+    """A step from t = 0.6 - h to s = 0.6: mu of any eps, the exact eps, beta_t and beta~."""
+    alpha, beta, _, _ = DDPM().at(0.6 - h, x)
+    alpha_s, beta_s, _, _ = DDPM().at(0.6, x)
+    a = alpha**2 / alpha_s**2
+    _, eps = mixture.data_and_eps(DDPM(), x, 0.6 - h, labels(NULL, x))
+
+    def mu(eps):
+        return x / a.sqrt() - (1 - a) / (a.sqrt() * beta) * eps
+
+    return mu, eps, beta, (1 - a) * beta_s**2 / beta**2
+
+
+def test_taylors_step_is_right_as_the_step_vanishes():
+    """p(y|v) N(v; mu, beta~) has mean mu + beta~ g, g = grad log p(y|mu), as beta~ goes to 0."""
+    x = double([[-0.8], [0.2], [0.5]])
+    y = labels(1, x)
+    errors = {}
+    for h in (0.1, 0.01):
+        mu, eps, _, var = step_of_ddpm(TWO, x, h)
+        g = classifier_gradient(partial(TWO.log_posterior, DDPM()), mu(eps), 0.6, y)
+        v = mu(eps) + line(-8, 8, 2001) * var.sqrt()        # (3, grid)
+        log_p_y = TWO.log_posterior(DDPM(), v.reshape(-1, 1), 0.6)[:, 1].view_as(v)
+        p = (log_p_y + Normal(mu(eps), var.sqrt()).log_prob(v)).softmax(dim=1)
+        moved = (p * (v - mu(eps))).sum(dim=1, keepdim=True)
+        errors[h] = distance(moved / (var * g), 1.0)
+    assert errors[0.1] < 0.5
+    assert errors[0.01] < errors[0.1] / 5
+
+
+def test_the_two_guided_samplings_agree_only_as_the_step_vanishes(x):
+    """mu + beta~ grad log p(y|mu), against mu of the corrected eps: one, to first order in h."""
+    classifier = partial(MIX.log_posterior, DDPM())
+    errors = {}
+    for h in (0.1, 0.01, 0.001):
+        mu, eps, beta, var = step_of_ddpm(MIX, x, h)
+        by_mean = var * classifier_gradient(classifier, mu(eps), 0.6, MANY)
+        corrected = eps - beta * classifier_gradient(classifier, x, 0.6 - h, MANY)
+        by_eps = mu(corrected) - mu(eps)
+        errors[h] = ((by_mean - by_eps).norm() / by_eps.norm()).item()
+    assert errors[0.1] > 0.03
+    assert errors[0.01] < errors[0.1] / 3
+    assert errors[0.001] < errors[0.01] / 3

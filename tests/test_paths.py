@@ -1,0 +1,262 @@
+"""Fields as users take them: derivatives, precision, the ends of time, shapes; a path of one's own.
+
+The mathematics of the paths is in test_cfg.py.
+"""
+from functools import partial
+
+import pytest
+import torch
+from torch.func import jvp, vjp, vmap
+
+from cfg_min import (cfg_cfm_loss, drop_labels, euler, euler_maruyama, guide, guided_field)
+from classifier import NoisyClassifier, classifier_guided_field
+from conftest import ALL_PATHS, MANY, MIX, TIMES, close, double, randomize, tiny
+from ddpm import EpsField, cfg_dsm_loss, ddim
+from oracle import TWO
+from paths import DDPM, CondOT, DataField, GaussianPath
+from samplers import heun, predictor_corrector
+from unet import UNet
+
+SAMPLERS = {
+    "euler": euler,
+    "heun": heun,
+    "euler_maruyama": partial(euler_maruyama, path=CondOT()),
+    "ddim": partial(ddim, path=CondOT(), noise=0.5),
+    "predictor_corrector": lambda field, x, steps, **options: predictor_corrector(
+        field, x, steps, path=CondOT(), corrector=field, **options),
+}
+ALL_SAMPLERS = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
+
+
+# ---------------------------------------------------------------- networks as fields
+
+@ALL_PATHS
+def test_a_network_that_predicts_z_is_the_field_of_that_z(path, x):
+    """u = (D z + beta' x) / beta, from last_t on with the alpha and beta of last_t."""
+    def net(x, t, y):
+        return MIX.data_and_eps(path, x, t, y)[0]
+
+    for t in TIMES:
+        close(DataField(net, path)(x, t, MANY), MIX.u(path, x, t, MANY), 1e-6)
+    early = DataField(lambda x, t, y: x.sin(), path, last_t=0.9)
+    close(early(x, 0.95, MANY), early(x, 0.9, MANY))
+
+
+def test_the_last_step_of_euler_ends_at_the_networks_z(x):
+    """x + (1 - t) (z - x) / (1 - t) = z, on CondOT."""
+    field = partial(DataField(lambda x, t, y: x.sin(), CondOT()), y=MANY)
+    close(euler(field, x, 1, t0=0.96), x.sin())
+
+
+@ALL_PATHS
+def test_a_network_that_predicts_eps_is_the_field_of_the_clamped_z(path, x):
+    """z = (x - beta eps) / alpha, clamped to [-bound, bound], gives u."""
+    def net(x, t, y):
+        return MIX.data_and_eps(path, x, t, y)[1]
+
+    for t in TIMES:
+        z, _ = MIX.data_and_eps(path, x, t, MANY)
+        close(EpsField(net, path, bound=9.0)(x, t, MANY), MIX.u(path, x, t, MANY), 1e-6)
+        u = EpsField(net, path, bound=0.4)(x, t, MANY)
+        close(path.u_to_data(u, x, t), z.clamp(-0.4, 0.4), 1e-6)
+
+
+# ---------------------------------------------------------------- derivatives
+
+def make_field(kind):
+    """A field (x, t, y) of a small network in float64, made in one of the ways there are."""
+    options = dict(channels=(8, 16), E=16)
+    net = randomize(UNet(**options)).double().eval()
+    classifier = randomize(NoisyClassifier(**options)).double().eval()
+    path = CondOT()
+    return {
+        "u": net,
+        "z": DataField(net, path),
+        "eps": EpsField(net, path, bound=3.0),
+        "guided": partial(guided_field, DataField(net, path), w=3.0),
+        "guided by classifier": partial(classifier_guided_field, net, classifier, path, w=3.0),
+    }[kind]
+
+
+FIELDS = pytest.mark.parametrize("kind", ["u", "z", "eps", "guided", "guided by classifier"])
+
+
+@pytest.fixture
+def images():
+    """Two images x (2, 1, 8, 8), their times and their labels."""
+    return torch.randn(2, 1, 8, 8).double(), double([0.8, 0.9]), torch.tensor([3, 7])
+
+
+@FIELDS
+def test_the_derivative_of_a_field_is_that_of_what_it_returns(kind, images):
+    """jvp along (x, t) = (f(x + h v) - f(x - h v)) / 2 h; <v, jvp> = <vjp v, v>."""
+    x, t, y = images
+    field = partial(make_field(kind), y=y)
+    v = torch.randn_like(x), torch.randn_like(t)
+    h = 1e-6
+    _, along = jvp(field, (x, t), v)
+    ahead = field(x + h * v[0], t + h * v[1])
+    behind = field(x - h * v[0], t - h * v[1])
+    close(along, (ahead - behind) / (2 * h), 1e-5)
+    _, pull = vjp(field, x, t)
+    g_x, g_t = pull(v[0])
+    close((v[0] * along).sum(), (g_x * v[0]).sum() + (g_t * v[1]).sum())
+
+
+@FIELDS
+def test_a_field_works_under_inference_mode_vmap_and_compile(kind, images):
+    """All give what a plain call gives."""
+    x, t, y = images
+    field = make_field(kind)
+    plain = field(x, t, y=y)
+    with torch.inference_mode():
+        close(field(x.clone(), t.clone(), y=y), plain)
+    each = vmap(lambda x, t, y: field(x[None], t, y=y[None])[0])
+    close(each(x, t, y), plain)
+    torch._dynamo.reset()
+    compiled = torch.compile(field, backend="eager")
+    close(compiled(x, t, y=y), plain)
+
+
+# ---------------------------------------------------------------- precision
+
+@ALL_PATHS
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+def test_time_is_exact_whatever_type_x_has(path, kind):
+    """alpha_t and beta_t are those of t in float32, and the network sees that t."""
+    t = torch.tensor([0.9981, 0.3217])
+    z = torch.ones(2, 1, dtype=kind)
+    close(path.sample(z, 0 * z, t), path.alpha(t)[:, None].to(kind))
+    close(path.sample(0 * z, z, t), path.beta(t)[:, None].to(kind))
+    seen = []
+
+    def net(x, t, y):
+        seen.append(t)
+        return x
+
+    guided_field(net, z, t, torch.tensor([1, 2]), 3.0)
+    assert torch.equal(seen[0], t.repeat(2))
+    for field in (DataField(net, path), EpsField(net, path)):
+        for s in (0.0, 1.0, 0.998):
+            assert field(z, s, torch.tensor([1, 2])).isfinite().all()
+
+
+def test_integers_are_mixed_as_floats():
+    """x = alpha z + beta eps for bytes z; alpha as a byte would be 0."""
+    z = torch.tensor([[100], [200]], dtype=torch.uint8)
+    close(CondOT().sample(z, torch.zeros_like(z), 0.9), [[90.0], [180.0]], 1e-5)
+
+
+# ---------------------------------------------------------------- the ends of time
+
+@ALL_PATHS
+@pytest.mark.parametrize("t", [0.0, 1.0, 1.000001, torch.zeros(6).double(), torch.tensor(1.0)])
+def test_fields_are_finite_where_a_solver_may_ask(path, t, x):
+    """u is finite at both ends, and just past them, of a z-network and of an eps-network."""
+    for make in (DataField, EpsField):
+        assert make(lambda x, t, y: 0.5 * x, path)(x, t, MANY).isfinite().all()
+    assert DDPM().beta(double(1.000001)) == 0
+
+
+@ALL_SAMPLERS
+def test_samplers_begin_at_t0_and_need_a_step(sampler, x):
+    """t0 = 1 gives x back; the field is asked from t0 on, before 1; steps <= 0 is refused."""
+    seen = []
+
+    def field(x, t):
+        seen.append(t)
+        return x
+
+    assert torch.equal(sampler(field, x, 5, t0=1.0), x)
+    assert not seen
+    sampler(field, x, 5, t0=0.5)
+    close(sorted(set(seen)), [0.5, 0.6, 0.7, 0.8, 0.9])
+    for steps, t0 in ((0, 0.0), (-3, 0.0), (5, 1.5)):
+        with pytest.raises(ValueError):
+            sampler(field, x, steps, t0=t0)
+
+
+# ---------------------------------------------------------------- shapes
+
+@ALL_PATHS
+def test_time_goes_over_the_batch_and_never_over_the_width(path):
+    """t (B,) means t[i] for all of x[i], also where B is the width."""
+    z, eps = torch.randn(2, 4, 4, 4, 4)
+    t = torch.rand(4)
+    x = path.sample(z, eps, t)
+    noise = path.u_to_eps(z, eps, t)
+    for i in range(4):
+        close(x[i], path.alpha(t[i]) * z[i] + path.beta(t[i]) * eps[i], 1e-6)
+        close(noise[i:i + 1], path.u_to_eps(z[i:i + 1], eps[i:i + 1], t[i]), 1e-5)
+
+
+def net_without_channels(x, t, y):
+    return x[:, 0]
+
+
+IMAGES = torch.zeros(4, 1, 8, 8)
+FLAT = torch.zeros(4, 8, 8)
+Y = torch.zeros(4, dtype=torch.int64)
+REFUSED = {
+    "sample": lambda: CondOT().sample(IMAGES, FLAT, 0.5),
+    "target": lambda: CondOT().target(IMAGES, FLAT, 0.5),
+    "u_to_data": lambda: CondOT().u_to_data(FLAT, IMAGES, 0.5),
+    "u_to_score": lambda: CondOT().u_to_score(FLAT, IMAGES, 0.5),
+    "score_to_u": lambda: CondOT().score_to_u(FLAT, IMAGES, 0.5),
+    "data_to_u": lambda: CondOT().data_to_u(FLAT, IMAGES, 0.5),
+    "eps_to_u": lambda: CondOT().eps_to_u(FLAT, IMAGES, 0.5),
+    "guide": lambda: guide(IMAGES, FLAT, 3.0),
+    "labels (B, 1)": lambda: drop_labels(Y[:, None], 0.1),
+    "guided labels (B, 1)": lambda: guided_field(tiny, IMAGES, 0.5, Y[:, None], 3.0),
+    "eta > 1": lambda: drop_labels(Y, 1.5),
+    "eta nan": lambda: drop_labels(Y, float("nan")),
+    "t (B, 1)": lambda: CondOT().sample(IMAGES, IMAGES, torch.rand(4, 1)),
+    "guided t (1,)": lambda: guided_field(tiny, IMAGES, torch.rand(1), Y, 3.0),
+    "w (B - 1,)": lambda: guided_field(tiny, IMAGES, 0.5, Y, torch.ones(3)),
+    "network, guided": lambda: guided_field(net_without_channels, IMAGES, 0.5, Y, 3.0),
+    "network, CFM": lambda: cfg_cfm_loss(net_without_channels, CondOT(), IMAGES, Y),
+    "network, DSM": lambda: cfg_dsm_loss(net_without_channels, CondOT(), IMAGES, Y),
+    "network, by classifier": lambda: classifier_guided_field(
+        net_without_channels, lambda x, t: x.flatten(1), CondOT(), IMAGES, 0.5, Y, 3.0),
+}
+
+
+@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED.keys())
+def test_shapes_that_do_not_fit_are_refused(call):
+    """Else they would broadcast to something that looks right."""
+    with pytest.raises(ValueError):
+        call()
+
+
+@ALL_SAMPLERS
+def test_samplers_refuse_a_field_of_another_shape(sampler):
+    """A field of (4, 8, 8) for x of (4, 1, 8, 8)."""
+    with pytest.raises(ValueError):
+        sampler(lambda x, t: x[:, 0], IMAGES, 3)
+
+
+# ---------------------------------------------------------------- a path of one's own
+
+class Smoothstep(GaussianPath):
+    """alpha = 3 t^2 - 2 t^3, beta = 1 - alpha: it starts and ends at rest, so D = alpha' = 0."""
+
+    def alpha(self, t): return 3 * t**2 - 2 * t**3
+    def beta(self, t): return 1 - self.alpha(t)
+    def d_alpha(self, t): return 6 * t - 6 * t**2
+    def d_beta(self, t): return -self.d_alpha(t)
+
+
+def test_a_path_with_D_0_trains_and_samples_by_euler():
+    """Neither needs a conversion; those that do say that D is 0, and work later."""
+    path = Smoothstep()
+    theta = torch.zeros(1, requires_grad=True)
+    loss = cfg_cfm_loss(lambda x, t, y: theta * x, path, IMAGES, Y, t=torch.zeros(4))
+    loss.backward()
+    assert theta.grad.isfinite()
+    x = torch.randn(4, 1).double()
+    field = partial(TWO.u, path, y=Y)
+    close(euler(field, x, 400), euler(partial(TWO.u, CondOT(), y=Y), x, 400), 0.02)
+    for sampler in (euler_maruyama, ddim):
+        with pytest.raises(ValueError, match="D = .* is 0"):
+            sampler(field, x, 10, path=path)
+        assert sampler(field, x, 10, path=path, t0=0.1).isfinite().all()

@@ -1,0 +1,149 @@
+"""Samplers of all chapters: where they end, how exact they are, when they call the field."""
+from functools import partial
+
+import pytest
+import torch
+from torch.distributions import Normal
+
+from cfg_min import euler, guided_field, times
+from conftest import ALL_PATHS, GAUSS, close, distance, double, labels, line, moments_of
+from ddpm import ddim
+from oracle import TWO, Mixture, tilted_moments
+from paths import PATHS, CondOT
+from samplers import heun, langevin, predictor_corrector
+
+
+@pytest.mark.parametrize("t0", [0.0, 0.5])
+@pytest.mark.parametrize("steps", [1, 7])
+def test_times_go_from_t0_to_1_in_equal_steps(t0, steps):
+    """Pairs (t, s): each ends where the next one begins, the last at exactly 1."""
+    starts, ends = double(list(times(steps, t0))).T
+    assert len(starts) == steps
+    assert starts[0] == t0
+    assert ends[-1] == 1
+    assert torch.equal(starts[1:], ends[:-1])
+    close(ends - starts, torch.full((steps,), (1 - t0) / steps))
+
+
+def field_of_gauss(path):
+    return lambda x, t: GAUSS.u(path, x, t, labels(0, x))
+
+
+def exact_end(sampler, path, steps, **options):
+    """Mean and standard deviation of X_1 for data N(0.7, 0.4^2), exactly."""
+    def run(x, randn):
+        if sampler is ddim:
+            options.update(path=path, randn=randn)
+        return sampler(field_of_gauss(path), x, steps, **options)
+
+    return double(moments_of(run, steps + 1))
+
+
+@ALL_PATHS
+@pytest.mark.parametrize("sampler, options", [
+    (heun, {}), (ddim, dict(noise=0.0)), (ddim, dict(noise=0.5)), (ddim, dict(noise=1.0))])
+def test_samplers_end_in_the_distribution_of_the_data(sampler, options, path):
+    """X_1 ~ p_data. 2 X(h/2) - X(h) cancels an error of order h."""
+    coarse = exact_end(sampler, path, 100, **options)
+    fine = exact_end(sampler, path, 200, **options)
+    mean, std = 2 * fine - coarse
+    assert abs(mean / 0.7 - 1) < 0.005
+    assert abs(std / 0.4 - 1) < 0.01
+
+
+@pytest.mark.parametrize("name", ["condot", "cosine"])              # DDPM's u is infinite at t = 1
+@pytest.mark.parametrize("sampler, order", [(euler, 1), (heun, 2)])
+def test_twice_the_steps_divide_the_error_by_2_to_the_order(sampler, order, name):
+    """Euler has order 1, Heun order 2."""
+    exact = double([0.7, 0.4])
+    coarse = exact_end(sampler, PATHS[name], 50) - exact
+    fine = exact_end(sampler, PATHS[name], 100) - exact
+    assert 0.8 * 2**order < coarse.norm() / fine.norm() < 1.25 * 2**order
+
+
+def test_heun_takes_the_mean_of_both_ends_and_ends_with_euler():
+    """u = 6 t^2: the trapezoid's integral up to the last step, which is Euler's; 9 calls for 5."""
+    called = []
+
+    def field(x, t):
+        called.append(t)
+        return torch.full_like(x, 6 * t**2)
+
+    end = heun(field, double([0.0]), 5)
+    trapezoids = sum(0.1 * (6 * t**2 + 6 * (t + 0.2)**2) for t in (0, 0.2, 0.4, 0.6))
+    close(end, [trapezoids + 0.2 * 6 * 0.8**2])
+    close(called, [0, 0.2, 0.2, 0.4, 0.4, 0.6, 0.6, 0.8, 0.8])
+
+
+def test_ddim_on_condot_is_euler():
+    """x + h u = s z + (1 - s) eps, for z = x + (1 - t) u and eps = x - t u."""
+    noise = torch.randn(50, 1).double()
+    guided = partial(guided_field, partial(TWO.u, CondOT()), y=labels(1, noise), w=3.0)
+    close(ddim(guided, noise, 20, CondOT()), euler(guided, noise, 20))
+
+
+# ---------------------------------------------------------------- Langevin, predictor-corrector
+
+@ALL_PATHS
+@pytest.mark.parametrize("shift, steps, tol", [(0.0, 20, 0.06), (1.0, 150, 0.06)])
+def test_langevin_steps_keep_their_distribution_and_find_it(path, shift, steps, tol):
+    """x <- x + h score + sqrt(2 h) xi leaves p_t as it is, and leads there from beside it."""
+    t = 0.6
+    alpha, beta, _, _ = path.at(t, double([[0.0]]))
+    mean = alpha.item() * 0.7
+    std = (alpha.item()**2 * 0.4**2 + beta.item()**2)**0.5
+
+    def run(x, randn):
+        return langevin(field_of_gauss(path), mean + shift + std * x, t, path, steps, randn)
+
+    found_mean, found_std = moments_of(run, steps + 1)
+    assert abs(found_mean - mean) < tol * std
+    assert abs(found_std / std - 1) < tol
+
+
+def guided_and_conditional(w, x, mixture=TWO, path=CondOT()):
+    net = partial(mixture.u, path)
+    y = labels(1, x)
+    return partial(guided_field, net, y=y, w=w), partial(net, y=y)
+
+
+def test_a_predictor_corrector_comes_near_the_tilted_distribution():
+    """p(.|y)^3 p^-2 on two Gaussians: mean 1.05, std .46; the more Langevin steps, the nearer."""
+    noise = torch.randn(4000, 1).double()
+    guided, conditional = guided_and_conditional(3.0, noise)
+    mean, std = tilted_moments(TWO, 1, 3.0)
+    far = predictor_corrector(conditional, noise, 60, CondOT(), corrector=guided, corrections=1)
+    near = predictor_corrector(conditional, noise, 60, CondOT(), corrector=guided, corrections=5)
+    assert euler(guided, noise, 60).mean() > mean + 0.4
+    assert mean + 0.08 < far.mean() < mean + 0.2
+    assert abs(near.mean() - mean) < 0.06
+    assert abs(near.std() - std) < 0.03
+
+
+def test_corrections_follow_each_step_but_the_last():
+    """Without corrections it is Euler's method; with 2 the corrector is called twice at each s."""
+    noise = torch.randn(6, 1).double()
+    guided, conditional = guided_and_conditional(3.0, noise)
+    called = []
+
+    def corrector(x, t):
+        called.append(t)
+        return guided(x, t)
+
+    plain = predictor_corrector(conditional, noise, 4, CondOT(), corrector, corrections=0)
+    assert torch.equal(plain, euler(conditional, noise, 4))
+    assert not called
+    predictor_corrector(conditional, noise, 4, CondOT(), corrector, corrections=2)
+    assert called == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
+    with pytest.raises(ValueError):
+        predictor_corrector(conditional, noise, 4, CondOT(), corrector, corrections=-1)
+
+
+@ALL_PATHS
+def test_corrections_are_safe_near_t_1(path):
+    """Data that are nearly two points: h score stays small, though the score grows as beta^-2."""
+    points = Mixture(mu=[[-1.0], [1.0]], std=[1e-3] * 2, weight=[0.5] * 2, label=[0, 1])
+    noise = torch.randn(200, 1).double()
+    guided, conditional = guided_and_conditional(8.0, noise, points, path)
+    x = predictor_corrector(conditional, noise, 50, path, corrector=guided, corrections=3)
+    assert distance(x, 1.0) < 0.06
