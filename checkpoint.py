@@ -6,6 +6,7 @@ weights). Until the last step it has what --resume needs: optimizer, schedule.
 """
 import contextlib
 import io
+import json
 import os
 import warnings
 import zipfile
@@ -35,12 +36,15 @@ LATENT_OPTIONS = {                              # of the networks that work on l
 def build(config):
     """The untrained network of a config. A U-Net or DiT is a vector field, net(x, t, y) -> u."""
     net = NETS[config["arch"]](**config["net"])
+    if config["arch"] == "vae":
+        return net
+    path = PATHS[config["path"]]
     predict = config["predict"]
     if predict == "z":
-        return DataField(net, PATHS[config["path"]])
+        return DataField(net, path)
     if predict == "eps":                        # pixels lie in [-1, 1], latents hardly beyond 4
-        return EpsField(net, PATHS[config["path"]], bound=4.0 if config["latent"] else 1.0)
-    if predict in ("u", None):                  # None: classifier and autoencoder
+        return EpsField(net, path, bound=4.0 if config["latent"] else 1.0)
+    if predict in ("u", None):                  # None: a classifier
         return net
     raise ValueError(f"predict = {predict}")
 
@@ -98,7 +102,9 @@ def read(file):
             saved = torch.load(place, map_location="cpu", weights_only=True)
         if saved.pop("checksum") != checksum_of(saved):
             raise ValueError
-        saved["step"] < saved["config"]["steps"]            # both are there, and numbers
+        json.dumps(saved["config"])             # plain data
+        if not 0 < saved["step"] <= saved["config"]["steps"] or not saved["weights"]:
+            raise ValueError
     except (MemoryError, PermissionError):
         raise
     except Exception:                           # zipfile and torch raise whatever they stumble over
@@ -114,7 +120,7 @@ def rebuild(config, weights, file):
         net.eval()
         with torch.no_grad():
             finite = use_once(net, config).isfinite().all()
-        if not finite:
+        if not finite or not {"data", "real_diversity"} <= set(config):
             raise ValueError
     except Exception:                           # a damaged config may fail anywhere
         raise damaged(file) from None

@@ -119,8 +119,9 @@ def main(argv=None):
     options = p.parse_args(argv)
     device = pick_device(options.device)
     prepare_out(options, options.data, options.init)
-    images, labels, x_test, y_test = load(options.data)
-    config = describe(options, "classifier", labels, images, x_test, y_test, path=options.path)
+    data = load(options.data)
+    images, labels, x_test, y_test = data
+    config = describe(options, "classifier", data, path=options.path)
 
     def compute_loss(classifier, z, y):
         return classifier_loss(classifier, PATHS[options.path], z, y)

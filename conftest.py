@@ -3,17 +3,26 @@
 The exact fields come from oracle.py: MIX is four Gaussians of three classes in the plane. All
 mathematics is tested in float64.
 """
+import shlex
 import sys
 from collections import defaultdict
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch.autograd.functional import jacobian
 from torch.distributions import Normal
 
+import classifier
+import command
+import mnist
 import oracle
+import sample
+import train
+import vae
 from paths import PATHS
 
 ROOT = str(Path(__file__).parent)
@@ -192,3 +201,62 @@ def pytest_deselected(items):
 
 def pytest_collection_modifyitems(items):
     items.sort(key=lambda item: item.path.name == "test_notes.py")
+
+
+# ---------------------------------------------------------------- commands
+
+MAINS = {"train.py": train.main, "sample.py": sample.main, "classifier.py": classifier.main,
+         "vae.py": vae.main, "oracle.py": oracle.main}
+
+
+@pytest.fixture(scope="session")
+def few(tmp_path_factory):
+    """A data file of the first 300 of the digits, for training and for testing."""
+    with np.load(mnist.FILE) as npz:
+        arrays = {key: npz[key][:300] for key in npz}
+    file = tmp_path_factory.mktemp("data") / "few.npz"
+    np.savez(file, **arrays)
+    return file
+
+
+def run_line(line, few):
+    """The exit status of a command line; a training without --data is of the few digits."""
+    script, *argv = shlex.split(line)
+    if script not in ("sample.py", "oracle.py") and "--data" not in argv:
+        argv += ["--data", str(few)]
+    try:
+        return command.run(partial(MAINS[script], argv)) or 0
+    except SystemExit as error:                 # argparse's way out
+        return error.code
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, few):
+    """run(command line) -> its exit status; in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return partial(run_line, few=few)
+
+
+@pytest.fixture(scope="session")
+def unet(tmp_path_factory, few):
+    """The file of a U-Net that has hardly been trained, for tests that need any network."""
+    file = tmp_path_factory.mktemp("unet") / "unet.pt"
+    line = f"train.py --arch unet --predict z --times logit-normal --steps 4 --batch 8 --out {file}"
+    assert run_line(line, few) == 0
+    return file
+
+
+def weights(file):
+    return torch.load(file, weights_only=True)["weights"]
+
+
+def same(a, b):
+    """Whether two networks' weights are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+def error_line(capsys):
+    """The one line on stderr of a command that was refused."""
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, lines
+    return lines[0]

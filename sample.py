@@ -210,7 +210,7 @@ def check(options, error):
             error(f"--{name} goes with --sampler {sampler}")
     if options.guidance != "cfg" and options.away_from != NULL:
         error(f"--guidance {options.guidance} takes no --away-from")
-    if options.away_from == options.label:
+    if options.away_from == options.label != NULL:
         error("--label and --away-from are the same: guidance would do nothing")
     if options.guidance == "mean" and not options.noise:
         error("--guidance mean goes with --sampler ddim --noise 1")

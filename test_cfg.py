@@ -17,14 +17,27 @@ from cfg_min import (NULL, cfg_cfm_loss, drop_labels, euler, euler_maruyama, eul
 from classifier import classifier_gradient, classifier_guided_field
 from conftest import (ALL_PATHS, GAUSS, MANY, MIX, TIMES, Recorder, call_loss, check_draws, close,
                       distance, divergence, double, gradient, labels, line, moments_of, tiny)
-from ddpm import cfg_dsm_loss
+from ddpm import EpsField, cfg_dsm_loss
 from oracle import TWO, Mixture, tilted_moments
-from paths import PATHS, CondOT
+from paths import PATHS, CondOT, DataField
 
 SCALES = pytest.mark.parametrize("w", [-1.0, 0.0, 1.0, 3.0, 8.0])
 
 
+def net_of(path, mixture=MIX):
+    """The perfect network, net(x, t, y) -> u_t(x|y)."""
+    return partial(mixture.u, path)
+
+
+def classifier_of(path):
+    """The perfect noisy classifier, (x, t) -> log p_t(y|x) for y = 0 ... 9."""
+    return partial(MIX.log_posterior, path)
+
+
 # ---------------------------------------------------------------- 1. the path
+#
+# Noise eps at t = 0 and data z at t = 1 are joined by x = alpha_t z + beta_t eps. The lecture's
+# choice is alpha = t, beta = 1 - t (CondOT); every equation below holds for each such path.
 
 @pytest.mark.parametrize("name, tol_alpha, tol_beta", [
     ("condot", 1e-7, 1e-7), ("cosine", 1e-7, 1e-7), ("ddpm", 0.007, 1e-4)])
@@ -37,7 +50,7 @@ def test_a_path_leads_from_noise_to_data(name, tol_alpha, tol_beta):
 
 @ALL_PATHS
 def test_a_point_of_the_path_is_gaussian_with_mean_alpha_z_and_std_beta(path, x):
-    """x = alpha z + beta eps, so p_t(x|z) = N(x; alpha z, beta^2 I). Lecture 4 prints beta^-2 Id."""
+    """x = alpha z + beta eps, so p_t(x|z) = N(x; alpha z, beta^2 I). The slides print beta^-2."""
     for t in TIMES:
         at_t = double(t)
         mean = path.sample(x, torch.zeros_like(x), t)
@@ -47,6 +60,8 @@ def test_a_point_of_the_path_is_gaussian_with_mean_alpha_z_and_std_beta(path, x)
 
 
 # ---------------------------------------------------------------- 2. its slopes
+#
+# A point of the path moves with u_t(x|z) = alpha' z + beta' eps: the conditional vector field.
 
 @ALL_PATHS
 def test_slopes_are_the_derivatives(path):
@@ -66,6 +81,10 @@ def test_the_conditional_field_is_the_velocity_on_the_path(path, x):
 
 
 # ---------------------------------------------------------------- 3. four ways to say it
+#
+# x and u are linear in z and eps. So, at a given x, any one of u, score, eps and z gives the
+# others: for one pair (z, eps), and also for the means over all pairs that meet in x. The mean of
+# the u_t(x|z) is the marginal vector field u_t(x), which a network learns.
 
 @ALL_PATHS
 def test_u_gives_z_eps_and_score_of_one_pair_and_they_give_u(path, x):
@@ -114,7 +133,41 @@ def test_FACT_of_the_lecture_and_its_misprint(path, x):
     assert distance(d_alpha / alpha * x + printed_b * score, u) > 1e-2
 
 
+@ALL_PATHS
+def test_a_network_that_predicts_z_is_the_field_of_that_z(path, x):
+    """u = (D z + beta' x) / beta, from last_t on with the alpha and beta of last_t."""
+    def net(x, t, y):
+        return MIX.data_and_eps(path, x, t, y)[0]
+
+    for t in TIMES:
+        close(DataField(net, path)(x, t, MANY), MIX.u(path, x, t, MANY), 1e-6)
+    early = DataField(lambda x, t, y: x.sin(), path, last_t=0.9)
+    close(early(x, 0.95, MANY), early(x, 0.9, MANY))
+
+
+def test_the_last_step_of_euler_ends_at_the_networks_z(x):
+    """x + (1 - t) (z - x) / (1 - t) = z, on CondOT."""
+    field = partial(DataField(lambda x, t, y: x.sin(), CondOT()), y=MANY)
+    close(euler(field, x, 1, t0=0.96), x.sin())
+
+
+@ALL_PATHS
+def test_a_network_that_predicts_eps_is_the_field_of_the_clamped_z(path, x):
+    """z = (x - beta eps) / alpha, clamped to [-bound, bound], gives u."""
+    def net(x, t, y):
+        return MIX.data_and_eps(path, x, t, y)[1]
+
+    for t in TIMES:
+        z, _ = MIX.data_and_eps(path, x, t, MANY)
+        close(EpsField(net, path, bound=9.0)(x, t, MANY), MIX.u(path, x, t, MANY), 1e-6)
+        u = EpsField(net, path, bound=0.4)(x, t, MANY)
+        close(path.u_to_data(u, x, t), z.clamp(-0.4, 0.4), 1e-6)
+
+
 # ---------------------------------------------------------------- 4. Fokker-Planck
+#
+# Why the marginal field is worth learning: its ODE carries the noise to the data. With noise of any
+# strength sigma, the drift needs the score as well.
 
 def fokker_planck_error(path, x, t, sigma, drift):
     """(d/dt p + div(p v) - sigma^2/2 laplace p) / p of p = p_t(x|y), for the drift v(x), y = 1."""
@@ -146,6 +199,8 @@ def test_an_sde_keeps_to_p_t_if_its_drift_is_u_plus_half_sigma_squared_score(pat
 
 
 # ---------------------------------------------------------------- 5. CFM and FM: one gradient
+#
+# How it is learned: u_t(x) is unknown, u_t(x|z) is known, and aiming at either has one gradient.
 
 @ALL_PATHS
 @pytest.mark.parametrize("kind", ["u", "eps"])
@@ -181,16 +236,8 @@ def test_conditional_and_marginal_losses_have_one_gradient(path, kind, monkeypat
 
 
 # ---------------------------------------------------------------- 6. Bayes' rule
-
-def net_of(path, mixture=MIX):
-    """The perfect network, net(x, t, y) -> u_t(x|y)."""
-    return partial(mixture.u, path)
-
-
-def classifier_of(path):
-    """The perfect noisy classifier, (x, t) -> log p_t(y|x) for y = 0 ... 9."""
-    return partial(MIX.log_posterior, path)
-
+#
+# What a label adds to the score of unlabelled data is the gradient of a classifier.
 
 @ALL_PATHS
 def test_bayes_rule_for_scores(path, x):
@@ -207,6 +254,8 @@ def test_bayes_rule_for_scores(path, x):
 
 
 # ---------------------------------------------------------------- 7. classifier guidance
+#
+# So it adds b_t grad log p_t(y|x) to the field. Guidance adds w times as much.
 
 @ALL_PATHS
 def test_a_label_adds_b_times_the_classifiers_gradient_to_the_field(path, x):
@@ -238,6 +287,9 @@ def test_classifier_guidance_scales_the_classifiers_gradient(path, w, x):
 
 
 # ---------------------------------------------------------------- 8. classifier-free guidance
+#
+# By Bayes' rule again, the classifier's gradient is a difference of two scores. That makes the
+# guided field (1 - w) u_t(x|null) + w u_t(x|y), and no classifier is needed.
 
 @ALL_PATHS
 @SCALES
@@ -273,6 +325,9 @@ def test_guidance_away_from_a_label_adds_the_gradients_of_two_classifiers(path, 
 
 
 # ---------------------------------------------------------------- 9. one rule in u, score, eps, z
+#
+# The weights 1 - w and w add to 1, so the rule is the same for all kinds of prediction. In scores
+# it says what guidance aims at: the tilted distribution p_t(x|y)^w p_t(x)^(1-w).
 
 @ALL_PATHS
 @SCALES
@@ -333,6 +388,8 @@ def test_the_normaliser_with_a_gradient_is_that_of_the_tilted_classifier(path, w
 
 
 # ---------------------------------------------------------------- 10. the loss
+#
+# One network learns u_t(x|y) and u_t(x|null): now and then, the label is dropped.
 
 @pytest.mark.parametrize("null", [NULL, 4])
 def test_labels_are_dropped_one_by_one_with_probability_eta(null):
@@ -366,7 +423,7 @@ def test_the_loss_is_that_of_conditional_flow_matching_with_dropped_labels(path,
 
 @ALL_PATHS
 def test_the_loss_of_the_exact_field_is_the_variance_of_its_target(path):
-    """E || u_t(x) - u_t(x|z) ||^2 = D^2 s^2 / (alpha^2 s^2 + beta^2), for data N(mu, s^2), not 0."""
+    """E || u_t(x) - u_t(x|z) ||^2 = D^2 s^2 / (alpha^2 s^2 + beta^2) for data N(mu, s^2): not 0."""
     z = GAUSS.draw(100000)
     alpha, beta, d_alpha, d_beta = path.at(0.6, z[:1])
     D = d_alpha * beta - alpha * d_beta
@@ -375,6 +432,8 @@ def test_the_loss_of_the_exact_field_is_the_variance_of_its_target(path):
 
 
 # ---------------------------------------------------------------- 11. Algorithm 8
+#
+# Sampling: start from noise, follow the guided field. It calls the network once, on 2B.
 
 TIME_KINDS = pytest.mark.parametrize(
     "t", [0.3, torch.tensor(0.3), torch.tensor([0.1, 0.2, 0.5, 0.9])], ids=["float", "0-d", "(B,)"])
@@ -444,17 +503,21 @@ def test_algorithm_8_samples_the_data_at_w_0_and_the_class_at_w_1(path):
 
 
 # ---------------------------------------------------------------- 12. the SDE
+#
+# The same with noise: dX = [u + sigma_t^2/2 score] dt + sigma_t dW.
 
 @ALL_PATHS
-@pytest.mark.parametrize("sigma", [None, 0.5, lambda t: 1.5 * t])
-def test_a_step_of_euler_maruyama(path, sigma, x):
+@pytest.mark.parametrize("sigma, sigma_t", [(0.5, 0.5), (lambda t: 1.5 * t, 0.75), (None, None)])
+def test_a_step_of_euler_maruyama(path, sigma, sigma_t, x):
     """x + h (u + sigma_t^2/2 score) + sqrt(h) sigma_t xi; sigma_t^2 = 2 beta_t unless given."""
     t, h = 0.5, 0.05
     xi = torch.randn_like(x)
-    variance = {0.5: 0.5**2, None: 2 * path.beta(double(t))}.get(sigma, 0.75**2)
-    drift = MIX.u(path, x, t, MANY) + variance / 2 * MIX.score(path, x, t, MANY)
-    step = euler_maruyama_step(partial(net_of(path), y=MANY), x, t, t + h, path, sigma, lambda _: xi)
-    close(step, x + h * drift + (h * variance)**0.5 * xi)
+    if sigma_t is None:
+        sigma_t = (2 * path.beta(double(t)))**0.5
+    field = partial(net_of(path), y=MANY)
+    step = euler_maruyama_step(field, x, t, t + h, path, sigma, lambda _: xi)
+    drift = MIX.u(path, x, t, MANY) + sigma_t**2 / 2 * MIX.score(path, x, t, MANY)
+    close(step, x + h * drift + h**0.5 * sigma_t * xi)
 
 
 @ALL_PATHS
@@ -499,6 +562,9 @@ def test_an_sde_without_the_score_term_ends_wider_than_the_data():
 
 
 # ---------------------------------------------------------------- 13. what w does
+#
+# At w = 0 and 1 samples follow the data. Beyond that they do not follow the tilted distribution,
+# though the guided score is its score at every t. Bradley & Nakkiran 2024, arXiv 2408.09000.
 
 def test_guidance_at_w_3_goes_beyond_the_tilted_distribution_and_any_mixture():
     """Two Gaussians, y = +1: mean 1.5, std .3; tilted p(.|y)^3 p^-2: 1.05, .46.
@@ -545,7 +611,7 @@ def test_guidance_repairs_labels_of_which_three_in_ten_are_wrong():
 def test_the_guided_sde_is_the_conditional_ode_with_langevin_steps(path, sigma, x):
     """u_w + sigma^2/2 s_w = u(x|y) + sigma^2/2 s_w', w' = w + 2 (w - 1) b_t / sigma^2.
 
-    So its X_1 depends on sigma. At sigma^2 = 2 b_t, w' = 2 w - 1. Bradley & Nakkiran 2024.
+    So its X_1 depends on sigma. At sigma^2 = 2 b_t, w' = 2 w - 1.
     """
     w = 3.0
     for t in TIMES:
@@ -560,7 +626,7 @@ def test_the_guided_sde_is_the_conditional_ode_with_langevin_steps(path, sigma, 
 
 @ALL_PATHS
 @pytest.mark.parametrize("w", [0.5, 3.0])
-def test_what_the_guided_ode_forgets_is_where_the_scores_disagree(path, w, x):
+def test_what_the_guided_ode_leaves_out_is_where_the_scores_disagree(path, w, x):
     """d log(p(.|y)^w p^(1-w) / density) = b_t w (w - 1) |s(x|y) - s(x)|^2 dt along the ODE.
 
     The density of the samples falls by div u_w dt. The integrals are midpoint sums.
@@ -573,15 +639,15 @@ def test_what_the_guided_ode_forgets_is_where_the_scores_disagree(path, w, x):
 
     start, h, steps = 0.1, 0.012, 50
     gained = -log_tilted(x, start)
-    forgotten = torch.zeros(6).double()
+    left_out = torch.zeros(6).double()
     for k in range(steps):
         t = start + (k + 0.5) * h
         middle = x + h / 2 * guided(x, t - h / 2)
         difference = MIX.score(path, middle, t, MANY) - MIX.score(path, middle, t, null)
         _, b = path.a_b(t, x)
-        forgotten += h * w * (w - 1) * (b * difference**2).sum(dim=1)
+        left_out += h * w * (w - 1) * (b * difference**2).sum(dim=1)
         gained += h * divergence(partial(guided, t=t), middle)
         x = x + h * guided(middle, t)
     gained += log_tilted(x, start + steps * h)
-    assert forgotten.abs().max() > 0.1
-    close(gained, forgotten, 2e-3)
+    assert left_out.abs().max() > 0.1
+    close(gained, left_out, 2e-3)

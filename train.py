@@ -16,7 +16,7 @@ from command import BadInput, Parser, number, processes, run
 from ddpm import cfg_dsm_loss
 from mnist import draw_batch
 from paths import PATHS
-from training import Run, add_options, describe, prepare_out, share_gradients
+from training import Run, add_options, describe, prepare_out, rise_and_fall, share_gradients
 
 RECIPES = {                                     # the defaults of --steps, --batch and --lr
     "unet": dict(steps=2000, batch=128, lr=2e-3),
@@ -82,11 +82,11 @@ def load_data(options, device):
 
     images: (N, 1, 32, 32) uint8, or (N, 4, 8, 8) latents.
     """
-    images, labels, x_test, y_test = mnist.load(options.data)
-    config = describe(options, options.arch, labels, images, x_test, y_test, eta=options.eta,
-                      path=options.path, predict=options.predict, times=options.times)
-    images = images.to(device)
-    labels = labels.to(device)
+    data = mnist.load(options.data)
+    config = describe(options, options.arch, data, eta=options.eta, path=options.path,
+                      predict=options.predict, times=options.times)
+    images = data[0].to(device)
+    labels = data[1].to(device)
     if options.latent is None:
         return images, labels, config, None
     vae, vae_config = checkpoint.load(options.latent, device)
@@ -111,8 +111,7 @@ def main(argv=None):
     torch.manual_seed(options.seed)
     field = checkpoint.build(config).to(device)
     optimizer = torch.optim.AdamW(field.parameters(), options.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, options.steps, pct_start=0.05, cycle_momentum=False)
+    schedule = rise_and_fall(optimizer, options.lr, options.steps)
     run = Run(options, config, field, optimizer, schedule, autoencoder)
     net = field
     compute_loss = cfg_cfm_loss

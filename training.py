@@ -62,12 +62,24 @@ def prepare_out(options, *inputs):
         raise BadInput(f"{log} is not the log of a training run: choose another --out")
 
 
-def describe(options, arch, labels, images, x_test, y_test, **more):
-    """config: all that a run depends on, and so must not change when it is resumed."""
+def describe(options, arch, data, **more):
+    """config: all that a run depends on, and so must not change when it is resumed.
+
+    data: what mnist.load returns.
+    """
+    images, labels, x_test, y_test = data
     crc = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
     return dict(arch=arch, net={}, latent=False, predict=None, path=None, steps=options.steps,
                 batch=options.batch, lr=options.lr, seed=options.seed, init=options.init,
                 data=crc, real_diversity=mnist.diversity(x_test, y_test)) | more
+
+
+def rise_and_fall(optimizer, lr, steps):
+    """A schedule: the learning rate rises to lr in 5 % of the steps, then falls to 0, as a cosine.
+    """
+    # 0.05 would make torch divide by 0 at 20 steps, where the rise takes exactly one
+    return torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, steps, pct_start=0.0501,
+                                               cycle_momentum=False)
 
 
 def seed_of(seed, step, rank):
@@ -225,8 +237,7 @@ def fit(options, config, images, labels, compute_loss):
     torch.manual_seed(options.seed)
     net = checkpoint.build(config).to(images.device)
     optimizer = torch.optim.AdamW(net.parameters(), options.lr)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, options.lr, options.steps, pct_start=0.05, cycle_momentum=False)
+    schedule = rise_and_fall(optimizer, options.lr, options.steps)
     run = Run(options, config, net, optimizer, schedule)
     shared = share_gradients(net)
     _, world = processes()

@@ -100,8 +100,9 @@ def main(argv=None):
     options = p.parse_args(argv)
     device = pick_device(options.device)
     prepare_out(options, options.data, options.init)
-    images, labels, x_test, y_test = load(options.data)
-    config = describe(options, "vae", labels, images, x_test, y_test)
+    data = load(options.data)
+    images, labels, x_test, y_test = data
+    config = describe(options, "vae", data)
 
     def compute_loss(net, z, y):
         return vae_loss(net, z)

@@ -22,6 +22,7 @@ import picture
 import sample
 from cfg_min import NULL, guided_field, times
 from command import Parser, run, write_whole
+from experiments import plots
 from experiments.measures import draw
 from mnist import to_bytes
 from oracle import TRIANGLE, TWO
@@ -91,7 +92,7 @@ def moving(steps=24):
         panels.append([picture.panel(frame.numpy(), f"w = {w:g}") for frame in frames[::2]])
     frames = [np.vstack(pair) for pair in zip(*panels)]
     seconds = [0.15] * (len(frames) - 1) + [2.5]
-    write("moving.png", picture.animated_png(frames, seconds))
+    write("moving.png", plots.animated_png(frames, seconds))
 
 
 # ---------------------------------------------------------------- the oracle
@@ -110,11 +111,11 @@ def line(scales=(1, 3, 8), steps=50, n=15):
             x = x + (s - t) * guided_field(net, x, t, y, w)
             lines.append(x[:, 0])
         ts = [k / steps for k in range(steps + 1)]
-        marks = [picture.line(ts, xs.tolist()) for xs in torch.stack(lines, dim=1)]
+        marks = [plots.line(ts, xs.tolist()) for xs in torch.stack(lines, dim=1)]
         ends = torch.searchsorted(oracle.tilted(TWO, 1, w, points).cumsum(0), share.double())
-        marks.append(picture.dots([1.04] * n, points[ends, 0].tolist()))
-        panels.append(picture.axes(marks, (0, 1.08), (-3, 4), f"w = {w}", "t", "x"))
-    write("oracle_line.svg", picture.svg(panels).encode())
+        marks.append(plots.dots([1.04] * n, points[ends, 0].tolist()))
+        panels.append(plots.axes(marks, (0, 1.08), (-3, 4), f"w = {w}", "t", "x"))
+    write("oracle_line.svg", plots.svg(panels).encode())
 
 
 def plane(w=3, n=400, steps=200):
@@ -127,12 +128,12 @@ def plane(w=3, n=400, steps=200):
     clouds |= oracle.guided_samples(TRIANGLE, 0, w, n, steps, dimensions=2)
     clouds["tilted distribution"] = points[drawn] + 6 / 200 * (torch.rand(n, 2) - 0.5)
     del clouds["guided SDE"]
-    behind = picture.dots(*TRIANGLE.draw(2 * n).T.tolist(), colour="#ddd")
+    behind = plots.dots(*TRIANGLE.draw(2 * n).T.tolist(), colour="#ddd")
     panels = []
     for title, x in clouds.items():
-        marks = [behind, picture.dots(*x.T.tolist())]
-        panels.append(picture.axes(marks, (-2.75, 2.75), (-2.25, 2.75), title))
-    write("oracle_plane.svg", picture.svg(panels).encode())
+        marks = [behind, plots.dots(*x.T.tolist())]
+        panels.append(plots.axes(marks, (-2.75, 2.75), (-2.25, 2.75), title))
+    write("oracle_plane.svg", plots.svg(panels).encode())
 
 
 def loss(bin=50):
@@ -140,9 +141,9 @@ def loss(bin=50):
     _, values = np.loadtxt(HERE / "weights/unet.csv", delimiter=",", skiprows=1).T
     means = values[:len(values) // bin * bin].reshape(-1, bin).mean(axis=1)
     steps = bin * (np.arange(len(means)) + 0.5)
-    panel = picture.axes([picture.line(steps, means)], (0, len(values)), (0, 0.4),
+    panel = plots.axes([plots.line(steps, means)], (0, len(values)), (0, 0.4),
                          "shipped U-Net", "step", "loss")
-    write("loss.svg", picture.svg([panel]).encode())
+    write("loss.svg", plots.svg([panel]).encode())
 
 
 PARTS = {"grid": grid, "strip": strip, "away": away, "trajectory": trajectory, "moving": moving,

@@ -20,9 +20,9 @@ import torch
 
 import checkpoint
 import mnist
-import picture
 from classifier import likelihood_weight, measure_label_errors
 from command import BadInput, Parser, number, run, write_whole
+from experiments import plots
 from experiments.measures import Measures, draw, show, show_head
 from paths import CondOT
 
@@ -129,10 +129,10 @@ def guidance(measures, n, scales=(0, 0.5, 1, 1.5, 2, 3, 5, 8)):
         values = np.array([row[key] for row in rows])
         low, high = values.min(), max(values.max(), ideal[key])
         margin = (high - low) / 20
-        marks = [picture.line([0, 8], [ideal[key]] * 2, colour="#aaa"),
-                 picture.line(scales, values), picture.dots(scales, values)]
-        panels.append(picture.axes(marks, (0, 8), (low - margin, high + margin), key, "w"))
-    write_whole(HERE / "figures/curves.svg", picture.svg(panels).encode())
+        marks = [plots.line([0, 8], [ideal[key]] * 2, colour="#aaa"),
+                 plots.line(scales, values), plots.dots(scales, values)]
+        panels.append(plots.axes(marks, (0, 8), (low - margin, high + margin), key, "w"))
+    write_whole(HERE / "figures/curves.svg", plots.svg(panels).encode())
     print("wrote figures/curves.svg")
 
 

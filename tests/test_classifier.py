@@ -1,12 +1,17 @@
 """The noisy classifier: its network, its loss, its gradient. The field it guides: test_cfg.py."""
+from functools import partial
+
 import pytest
 import torch
+from torch.distributions import Normal
 
 from cfg_min import NULL
-from classifier import NoisyClassifier, classifier_gradient, classifier_loss
-from conftest import ALL_PATHS, call_loss, check_draws, close, distance, gradient, randomize
+from classifier import (NoisyClassifier, classifier_gradient, classifier_loss, likelihood_weight,
+                        measure_label_errors)
+from conftest import (ALL_PATHS, call_loss, check_draws, close, distance, double, gradient,
+                      randomize)
 from oracle import TWO
-from paths import CondOT
+from paths import CondOT, Cosine
 
 
 def test_the_classifier_gives_ten_logits_that_depend_on_t_and_all_its_weights():
@@ -62,3 +67,19 @@ def test_the_gradient_is_each_samples_own_and_0_without_a_label(null):
         close(all_of_them[i:i + 1], gradient(log_p, x[i:i + 1]))
         assert all_of_them[i, 0] != 0
     assert all_of_them[1].tolist() == [0, 0]
+
+
+# ---------------------------------------------------------------- the generator as a classifier
+
+@pytest.mark.parametrize("path", [CondOT(), Cosine()], ids=["condot", "cosine"])
+@pytest.mark.parametrize("z", [-0.8, 0.3])
+def test_weighted_errors_of_the_field_give_bayes_rule(path, z):
+    """E_{t,eps} alpha / (beta D) || u_t(x|y) - u_t(x|z) ||^2 = -log p(z|y) + what labels share."""
+    t = (torch.arange(1000).double() + 0.5) / 1000          # midpoints of t
+    eps = Normal(0, 1).icdf((torch.arange(200).double() + 0.5) / 200)       # quantiles of the noise
+    t, eps = torch.cartesian_prod(t, eps).T
+    data = torch.full_like(t, z)[:, None]
+    errors = measure_label_errors(partial(TWO.u, path), path, data, t, eps[:, None], labels=2)
+    minus_log_p = (likelihood_weight(path, t)[:, None] * errors).mean(dim=0)
+    log_p = Normal(double([-1.0, 1.0]), 0.5).log_prob(double(z))
+    close(minus_log_p[0] - minus_log_p[1], log_p[1] - log_p[0], 0.01)

@@ -1,4 +1,4 @@
-"""The DDPM lecture, proved: its chain and ELBO, L_simple, the two samplings and the two guided ones.
+"""The DDPM lecture, proved: its chain, ELBO and L_simple, sampling, guided sampling in two ways.
 
 Its letters: x_k for k = 0 ... T is x at t = 1 - k/T, x_0 the data. a_k = 1 - beta_k (its alpha_t),
 abar_k their product: alpha = sqrt(abar), beta = sqrt(1 - abar). gamma is our w.
@@ -13,10 +13,10 @@ from torch.distributions import Independent, Normal, kl_divergence
 from cfg_min import NULL
 from classifier import classifier_gradient, classifier_guided_field
 from conftest import (ALL_PATHS, GAUSS, MANY, MIX, call_loss, check_draws, close, distance, double,
-                      gradient, ks_distance, labels, line, normal_cdf, tiny)
+                      gradient, labels, line, tiny)
 from ddpm import cfg_dsm_loss, ddim
 from oracle import TWO
-from paths import DDPM, CondOT, GaussianPath
+from paths import DDPM, PATHS, CondOT, GaussianPath
 
 T = 1000
 BETAS = line(1e-4, 0.02, T)                     # of steps 1 ... T; Ho et al. 2020
@@ -52,13 +52,13 @@ STEPS = pytest.mark.parametrize("k", [2, 50, 500, 1000])
 
 def test_steps_of_the_chain_compose_to_abar():
     """q(x_t|x_{t-1}) = N(sqrt(a) x_{t-1}, 1 - a), t times, is N(sqrt(abar) x_0, 1 - abar)."""
-    scale = double(1.0)
-    var = double(0.0)
-    for k in range(1, T + 1):
-        a, abar, _, _ = rates(k)
-        scale = a.sqrt() * scale
-        var = a * var + (1 - a)
-        close([scale, var], [abar.sqrt(), 1 - abar])
+    mean, var = double(1.0), double(0.0)        # of x_k for x_0 = 1
+    composed = [(mean, var)]
+    for beta in BETAS:
+        mean = (1 - beta).sqrt() * mean
+        var = (1 - beta) * var + beta
+        composed.append((mean, var))
+    close(composed, torch.stack([ABAR.sqrt(), 1 - ABAR], dim=1))
 
 
 def test_the_path_ddpm_is_the_chain_in_continuous_time():
@@ -110,14 +110,6 @@ def reverse_chain():
     return mu(1.0) - mu(0.0), mu(0.0), BETAS * SPREAD[:-1]**2 / SPREAD[1:]**2
 
 
-def ddpm_chain():
-    """The same with the lecture's assumption, variance beta~; but beta~_1 = 0, so not for k = 1."""
-    slope, shift, exact_var = reverse_chain()
-    _, _, _, var = rates(K)
-    var[0] = exact_var[0]
-    return slope, shift, var
-
-
 def elbo(x_0, slope, shift, var, prior):
     """E log p(x_0|x_1) - KL(q(x_T|x_0) || p(x_T)) - sum_{t=2}^T E KL(q(x_{t-1}|x_t, x_0) || p)."""
     a, abar, prev, beta_tilde = rates(K)
@@ -141,8 +133,13 @@ def test_the_elbo_of_the_exact_reverse_chain_is_log_p(x_0):
 
 @pytest.mark.parametrize("x_0", [-1.0, 0.7, 2.0])
 def test_the_elbo_of_ddpm_is_a_bound(x_0):
-    """log p(x) >= L(q, theta), p(x_0) the distribution at the end of the chain from N(0, I)."""
-    slope, shift, var = ddpm_chain()
+    """log p(x) >= L(q, theta), p(x_0) the distribution at the end of the chain from N(0, I).
+
+    The variances are beta~, as the lecture assumes; but beta~_1 = 0, so not in the last step.
+    """
+    slope, shift, exact_var = reverse_chain()
+    _, _, _, var = rates(K)
+    var[0] = exact_var[0]
     mean_k, var_k = P_T.mean, P_T.variance
     for k in range(T - 1, -1, -1):
         mean_k = slope[k] * mean_k + shift[k]
@@ -154,17 +151,21 @@ def test_the_elbo_of_ddpm_is_a_bound(x_0):
 
 # ---------------------------------------------------------------- training
 
-@pytest.mark.parametrize("eta", [0.1, 0.3])
-@ALL_PATHS
-def test_the_dsm_loss_is_the_squared_error_of_eps(path, eta):
-    """E || eps_theta(x|y) - eps ||^2, labels dropped with probability eta, 0.1 unless given."""
-    options = {} if eta == 0.1 else dict(eta=eta)
+@pytest.mark.parametrize("options, eta", [({}, 0.1), (dict(eta=0.3), 0.3)])
+@pytest.mark.parametrize("path", [*PATHS.values(), Chain()], ids=[*PATHS, "chain"])
+def test_the_dsm_loss_is_the_squared_error_of_eps(path, options, eta):
+    """E || eps_theta(x|y) - eps ||^2, y dropped with probability eta; on the chain it is L_simple.
+
+    There t ~ U[0, 1) is t_DDPM ~ U{1, ..., T}, as sampling needs; the lecture also prints U{2, T}.
+    """
     loss, z, y, x, t, y_seen = call_loss(cfg_dsm_loss, tiny, path, **options)
     eps = check_draws(path, z, x, t)
     dropped = y_seen == NULL
     assert abs(dropped.double().mean() - eta) < 0.02
     assert torch.equal(y_seen[~dropped], y[~dropped])
     close(loss, ((tiny(x, t, y_seen) - eps)**2).mean(), 1e-6)
+    ends = Chain().step(double([0.0, 1 - 1e-4]))
+    assert ends.tolist() == [T, 1]
 
 
 @ALL_PATHS
@@ -181,17 +182,6 @@ def test_the_printed_dsm_loss_is_ours_over_beta_squared(path):
     close(ours, (beta.flatten()**2 * printed).mean(), 1e-6)
     near, nearer = path.beta(double([1 - 1e-5, 1 - 1e-6]))**2
     close(near / nearer, 10 if isinstance(path, DDPM) else 100, 1e-3)       # the power of 1 - t
-
-
-def test_l_simple_is_our_dsm_loss_on_the_chain():
-    """|| eps - eps_theta(sqrt(abar_k) x_0 + sqrt(1 - abar_k) eps, k) ||^2 for k ~ U{1, ..., T}."""
-    loss, z, y, x, t, _ = call_loss(cfg_dsm_loss, tiny, Chain(), eta=0.0)
-    k = Chain().step(double(t))
-    assert ks_distance(k / T, lambda share: share) < 0.025
-    abar = ABAR[k].view(-1, 1, 1, 1)
-    eps = (x - abar.sqrt() * z) / (1 - abar).sqrt()
-    assert ks_distance(eps.flatten(), normal_cdf) < 0.015
-    close(loss, ((eps - tiny(x, t, y))**2).mean(), 1e-6)
 
 
 # ---------------------------------------------------------------- sampling
@@ -244,8 +234,8 @@ def test_ddim_with_a_push_is_the_lectures_first_guided_sampling(x):
 
 
 def test_ddim_on_the_classifier_guided_field_is_the_lectures_second_guided_sampling(x):
-    """eps^ = eps_theta - gamma sqrt(1 - abar) g, mu_theta of it, and sqrt(beta~) xi."""
-    noise = torch.randn(100, 6, 2).double()
+    """eps^ = eps_theta - gamma sqrt(1 - abar) g, mu_theta of it, + sqrt(beta~) xi; all T steps."""
+    noise = torch.randn(T, 6, 2).double()
     null = labels(NULL, x)
     classifier = partial(MIX.log_posterior, Chain())
     field = partial(classifier_guided_field, partial(MIX.u, Chain()), classifier, Chain(), y=MANY,
@@ -255,25 +245,6 @@ def test_ddim_on_the_classifier_guided_field_is_the_lectures_second_guided_sampl
         return eps_of(x, k, null) - (1 - ABAR[k]).sqrt() * g_of(x, 1 - k / T)
 
     close(our_sampling(field, x, noise), lecture_sampling(corrected, x, noise), 1e-6)
-
-
-@ALL_PATHS
-@pytest.mark.parametrize("noise", [0.0, 0.5, 1.0])
-def test_a_step_of_ddim(path, noise, x):
-    """x_s = alpha_s z + sqrt(beta_s^2 - sigma^2) eps + sigma xi, sigma = noise sqrt(beta~)."""
-    z, eps, xi = torch.randn(3, 6, 2).double()
-    states = []
-
-    def field(x, t):
-        states.append(x)
-        return path.target(z, eps, t)
-
-    ddim(field, path.sample(z, eps, 0.5), 2, path, noise=noise, t0=0.5, randn=lambda _: xi)
-    t, s = double(0.5), double(0.75)
-    added = path.beta(t)**2 - (path.alpha(t) / path.alpha(s))**2 * path.beta(s)**2
-    sigma = noise * added.sqrt() * path.beta(s) / path.beta(t)
-    mean = path.alpha(s) * z + (path.beta(s)**2 - sigma**2).sqrt() * eps
-    close(states[1], mean + sigma * xi)
 
 
 def test_ddim_takes_no_root_of_what_rounding_left_below_0():
@@ -309,16 +280,6 @@ def test_a_label_depends_on_the_less_noisy_point_alone(k):
         close(q_y[:, :, j], classifier.T, 1e-6)
 
 
-def test_a_guided_gaussian_moves_by_its_variance_times_g():
-    """N(mu, s^2) times exp(x g) is N(mu + s^2 g, s^2). The lecture prints s g."""
-    mu, s, g = 0.3, 0.4, 1.7
-    grid = line(-5, 6, 20001)
-    p = (Normal(mu, s).log_prob(grid) + grid * g).softmax(dim=0)
-    mean = (p * grid).sum()
-    close(mean, mu + s**2 * g, 1e-6)
-    assert abs(mean - (mu + s * g)) > 0.1
-
-
 def step_of_ddpm(mixture, x, h):
     """A step from t = 0.6 - h to s = 0.6: mu of any eps, the exact eps, beta_t and beta~."""
     alpha, beta, _, _ = DDPM().at(0.6 - h, x)
@@ -333,7 +294,10 @@ def step_of_ddpm(mixture, x, h):
 
 
 def test_taylors_step_is_right_as_the_step_vanishes():
-    """p(y|v) N(v; mu, beta~) has mean mu + beta~ g, g = grad log p(y|mu), as beta~ goes to 0."""
+    """p(y|v) N(v; mu, beta~) has mean mu + beta~ g, g = grad log p(y|mu), as beta~ goes to 0.
+
+    The lecture prints sqrt(beta~) g.
+    """
     x = double([[-0.8], [0.2], [0.5]])
     y = labels(1, x)
     errors = {}

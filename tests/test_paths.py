@@ -8,57 +8,13 @@ import pytest
 import torch
 from torch.func import jvp, vjp, vmap
 
-from cfg_min import (cfg_cfm_loss, drop_labels, euler, euler_maruyama, guide, guided_field)
+from cfg_min import cfg_cfm_loss, drop_labels, euler, euler_maruyama, guide, guided_field
 from classifier import NoisyClassifier, classifier_guided_field
-from conftest import ALL_PATHS, MANY, MIX, TIMES, close, double, randomize, tiny
+from conftest import ALL_PATHS, MANY, close, double, randomize, tiny
 from ddpm import EpsField, cfg_dsm_loss, ddim
 from oracle import TWO
 from paths import DDPM, CondOT, DataField, GaussianPath
-from samplers import heun, predictor_corrector
 from unet import UNet
-
-SAMPLERS = {
-    "euler": euler,
-    "heun": heun,
-    "euler_maruyama": partial(euler_maruyama, path=CondOT()),
-    "ddim": partial(ddim, path=CondOT(), noise=0.5),
-    "predictor_corrector": lambda field, x, steps, **options: predictor_corrector(
-        field, x, steps, path=CondOT(), corrector=field, **options),
-}
-ALL_SAMPLERS = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
-
-
-# ---------------------------------------------------------------- networks as fields
-
-@ALL_PATHS
-def test_a_network_that_predicts_z_is_the_field_of_that_z(path, x):
-    """u = (D z + beta' x) / beta, from last_t on with the alpha and beta of last_t."""
-    def net(x, t, y):
-        return MIX.data_and_eps(path, x, t, y)[0]
-
-    for t in TIMES:
-        close(DataField(net, path)(x, t, MANY), MIX.u(path, x, t, MANY), 1e-6)
-    early = DataField(lambda x, t, y: x.sin(), path, last_t=0.9)
-    close(early(x, 0.95, MANY), early(x, 0.9, MANY))
-
-
-def test_the_last_step_of_euler_ends_at_the_networks_z(x):
-    """x + (1 - t) (z - x) / (1 - t) = z, on CondOT."""
-    field = partial(DataField(lambda x, t, y: x.sin(), CondOT()), y=MANY)
-    close(euler(field, x, 1, t0=0.96), x.sin())
-
-
-@ALL_PATHS
-def test_a_network_that_predicts_eps_is_the_field_of_the_clamped_z(path, x):
-    """z = (x - beta eps) / alpha, clamped to [-bound, bound], gives u."""
-    def net(x, t, y):
-        return MIX.data_and_eps(path, x, t, y)[1]
-
-    for t in TIMES:
-        z, _ = MIX.data_and_eps(path, x, t, MANY)
-        close(EpsField(net, path, bound=9.0)(x, t, MANY), MIX.u(path, x, t, MANY), 1e-6)
-        u = EpsField(net, path, bound=0.4)(x, t, MANY)
-        close(path.u_to_data(u, x, t), z.clamp(-0.4, 0.4), 1e-6)
 
 
 # ---------------------------------------------------------------- derivatives
@@ -123,7 +79,7 @@ def test_a_field_works_under_inference_mode_vmap_and_compile(kind, images):
 @ALL_PATHS
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
 def test_time_is_exact_whatever_type_x_has(path, kind):
-    """alpha_t and beta_t are those of t in float32, and the network sees that t."""
+    """alpha_t and beta_t are those of t in float32, and the network gets that t."""
     t = torch.tensor([0.9981, 0.3217])
     z = torch.ones(2, 1, dtype=kind)
     close(path.sample(z, 0 * z, t), path.alpha(t)[:, None].to(kind))
@@ -158,24 +114,6 @@ def test_fields_are_finite_where_a_solver_may_ask(path, t, x):
     assert DDPM().beta(double(1.000001)) == 0
 
 
-@ALL_SAMPLERS
-def test_samplers_begin_at_t0_and_need_a_step(sampler, x):
-    """t0 = 1 gives x back; the field is asked from t0 on, before 1; steps <= 0 is refused."""
-    seen = []
-
-    def field(x, t):
-        seen.append(t)
-        return x
-
-    assert torch.equal(sampler(field, x, 5, t0=1.0), x)
-    assert not seen
-    sampler(field, x, 5, t0=0.5)
-    close(sorted(set(seen)), [0.5, 0.6, 0.7, 0.8, 0.9])
-    for steps, t0 in ((0, 0.0), (-3, 0.0), (5, 1.5)):
-        with pytest.raises(ValueError):
-            sampler(field, x, steps, t0=t0)
-
-
 # ---------------------------------------------------------------- shapes
 
 @ALL_PATHS
@@ -199,25 +137,19 @@ FLAT = torch.zeros(4, 8, 8)
 Y = torch.zeros(4, dtype=torch.int64)
 REFUSED = {
     "sample": lambda: CondOT().sample(IMAGES, FLAT, 0.5),
-    "target": lambda: CondOT().target(IMAGES, FLAT, 0.5),
     "u_to_data": lambda: CondOT().u_to_data(FLAT, IMAGES, 0.5),
-    "u_to_score": lambda: CondOT().u_to_score(FLAT, IMAGES, 0.5),
     "score_to_u": lambda: CondOT().score_to_u(FLAT, IMAGES, 0.5),
-    "data_to_u": lambda: CondOT().data_to_u(FLAT, IMAGES, 0.5),
-    "eps_to_u": lambda: CondOT().eps_to_u(FLAT, IMAGES, 0.5),
+    "t (B, 1)": lambda: CondOT().sample(IMAGES, IMAGES, torch.rand(4, 1)),
     "guide": lambda: guide(IMAGES, FLAT, 3.0),
-    "labels (B, 1)": lambda: drop_labels(Y[:, None], 0.1),
-    "guided labels (B, 1)": lambda: guided_field(tiny, IMAGES, 0.5, Y[:, None], 3.0),
+    "y (B, 1)": lambda: drop_labels(Y[:, None], 0.1),
     "eta > 1": lambda: drop_labels(Y, 1.5),
     "eta nan": lambda: drop_labels(Y, float("nan")),
-    "t (B, 1)": lambda: CondOT().sample(IMAGES, IMAGES, torch.rand(4, 1)),
+    "guided y (B, 1)": lambda: guided_field(tiny, IMAGES, 0.5, Y[:, None], 3.0),
     "guided t (1,)": lambda: guided_field(tiny, IMAGES, torch.rand(1), Y, 3.0),
-    "w (B - 1,)": lambda: guided_field(tiny, IMAGES, 0.5, Y, torch.ones(3)),
-    "network, guided": lambda: guided_field(net_without_channels, IMAGES, 0.5, Y, 3.0),
-    "network, CFM": lambda: cfg_cfm_loss(net_without_channels, CondOT(), IMAGES, Y),
-    "network, DSM": lambda: cfg_dsm_loss(net_without_channels, CondOT(), IMAGES, Y),
-    "network, by classifier": lambda: classifier_guided_field(
-        net_without_channels, lambda x, t: x.flatten(1), CondOT(), IMAGES, 0.5, Y, 3.0),
+    "guided w (B - 1,)": lambda: guided_field(tiny, IMAGES, 0.5, Y, torch.ones(3)),
+    "guided net": lambda: guided_field(net_without_channels, IMAGES, 0.5, Y, 3.0),
+    "net and loss": lambda: cfg_cfm_loss(net_without_channels, CondOT(), IMAGES, Y),
+    "net and DSM loss": lambda: cfg_dsm_loss(net_without_channels, CondOT(), IMAGES, Y),
 }
 
 
@@ -226,13 +158,6 @@ def test_shapes_that_do_not_fit_are_refused(call):
     """Else they would broadcast to something that looks right."""
     with pytest.raises(ValueError):
         call()
-
-
-@ALL_SAMPLERS
-def test_samplers_refuse_a_field_of_another_shape(sampler):
-    """A field of (4, 8, 8) for x of (4, 1, 8, 8)."""
-    with pytest.raises(ValueError):
-        sampler(lambda x, t: x[:, 0], IMAGES, 3)
 
 
 # ---------------------------------------------------------------- a path of one's own

@@ -3,26 +3,49 @@ from functools import partial
 
 import pytest
 import torch
-from torch.distributions import Normal
 
-from cfg_min import euler, guided_field, times
-from conftest import ALL_PATHS, GAUSS, close, distance, double, labels, line, moments_of
+from cfg_min import euler, euler_maruyama, guided_field, times
+from conftest import ALL_PATHS, GAUSS, close, distance, double, labels, moments_of
 from ddpm import ddim
 from oracle import TWO, Mixture, tilted_moments
 from paths import PATHS, CondOT
 from samplers import heun, langevin, predictor_corrector
 
+SAMPLERS = {
+    "euler": euler,
+    "heun": heun,
+    "euler_maruyama": partial(euler_maruyama, path=CondOT()),
+    "ddim": partial(ddim, path=CondOT(), noise=0.5),
+    "predictor_corrector": lambda field, x, steps, **options: predictor_corrector(
+        field, x, steps, path=CondOT(), corrector=field, **options),
+}
+ALL_SAMPLERS = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS.keys())
 
-@pytest.mark.parametrize("t0", [0.0, 0.5])
-@pytest.mark.parametrize("steps", [1, 7])
-def test_times_go_from_t0_to_1_in_equal_steps(t0, steps):
-    """Pairs (t, s): each ends where the next one begins, the last at exactly 1."""
-    starts, ends = double(list(times(steps, t0))).T
-    assert len(starts) == steps
-    assert starts[0] == t0
-    assert ends[-1] == 1
-    assert torch.equal(starts[1:], ends[:-1])
-    close(ends - starts, torch.full((steps,), (1 - t0) / steps))
+
+@ALL_SAMPLERS
+def test_samplers_begin_at_t0_and_need_a_step(sampler, x):
+    """Equal steps from t0 to 1; t0 = 1 gives x back; steps <= 0 is refused."""
+    seen = []
+
+    def field(x, t):
+        seen.append(t)
+        return x
+
+    assert torch.equal(sampler(field, x, 5, t0=1.0), x)
+    assert not seen
+    sampler(field, x, 5, t0=0.5)
+    assert list(times(5, 0.5))[-1][1] == 1
+    close(sorted(set(seen)), [0.5, 0.6, 0.7, 0.8, 0.9])
+    for steps, t0 in ((0, 0.0), (-3, 0.0), (5, 1.5)):
+        with pytest.raises(ValueError):
+            sampler(field, x, steps, t0=t0)
+
+
+@ALL_SAMPLERS
+def test_samplers_refuse_a_field_of_another_shape(sampler, x):
+    """A field of (6, 1) for x of (6, 2), which would broadcast."""
+    with pytest.raises(ValueError):
+        sampler(lambda x, t: x[:, :1], x, 3)
 
 
 def field_of_gauss(path):
@@ -61,18 +84,16 @@ def test_twice_the_steps_divide_the_error_by_2_to_the_order(sampler, order, name
     assert 0.8 * 2**order < coarse.norm() / fine.norm() < 1.25 * 2**order
 
 
-def test_heun_takes_the_mean_of_both_ends_and_ends_with_euler():
-    """u = 6 t^2: the trapezoid's integral up to the last step, which is Euler's; 9 calls for 5."""
+def test_heun_asks_at_both_ends_of_each_step_but_the_last(x):
+    """2 steps - 1 calls: the last step is Euler's, as u may be infinite at t = 1."""
     called = []
 
     def field(x, t):
         called.append(t)
-        return torch.full_like(x, 6 * t**2)
+        return x
 
-    end = heun(field, double([0.0]), 5)
-    trapezoids = sum(0.1 * (6 * t**2 + 6 * (t + 0.2)**2) for t in (0, 0.2, 0.4, 0.6))
-    close(end, [trapezoids + 0.2 * 6 * 0.8**2])
-    close(called, [0, 0.2, 0.2, 0.4, 0.4, 0.6, 0.6, 0.8, 0.8])
+    heun(field, x, 3)
+    close(called, [0, 1 / 3, 1 / 3, 2 / 3, 2 / 3])
 
 
 def test_ddim_on_condot_is_euler():
@@ -85,8 +106,8 @@ def test_ddim_on_condot_is_euler():
 # ---------------------------------------------------------------- Langevin, predictor-corrector
 
 @ALL_PATHS
-@pytest.mark.parametrize("shift, steps, tol", [(0.0, 20, 0.06), (1.0, 150, 0.06)])
-def test_langevin_steps_keep_their_distribution_and_find_it(path, shift, steps, tol):
+@pytest.mark.parametrize("shift, steps", [(0.0, 20), (1.0, 150)])
+def test_langevin_steps_keep_their_distribution_and_find_it(path, shift, steps):
     """x <- x + h score + sqrt(2 h) xi leaves p_t as it is, and leads there from beside it."""
     t = 0.6
     alpha, beta, _, _ = path.at(t, double([[0.0]]))
@@ -97,8 +118,8 @@ def test_langevin_steps_keep_their_distribution_and_find_it(path, shift, steps, 
         return langevin(field_of_gauss(path), mean + shift + std * x, t, path, steps, randn)
 
     found_mean, found_std = moments_of(run, steps + 1)
-    assert abs(found_mean - mean) < tol * std
-    assert abs(found_std / std - 1) < tol
+    assert abs(found_mean - mean) < 0.06 * std
+    assert abs(found_std / std - 1) < 0.06
 
 
 def guided_and_conditional(w, x, mixture=TWO, path=CondOT()):

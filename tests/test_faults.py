@@ -1,0 +1,260 @@
+"""Kinds of faults: what is written and what is read, too much of anything, the terminal."""
+import os
+import resource
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import command
+import mnist
+from conftest import ROOT, error_line, run_line
+
+TRAIN = "train.py --arch unet --steps 1 --batch 2"
+SAMPLE = "sample.py --w 1 --n 2 --steps 1"
+
+
+def start(line, **options):
+    """A process of a command line."""
+    script, *argv = line.split()
+    return subprocess.Popen([sys.executable, f"{ROOT}/{script}", *argv], text=True,
+                            stderr=subprocess.PIPE, **options)
+
+
+# ---------------------------------------------------------------- what is written
+
+@pytest.mark.parametrize("line", [
+    f"{TRAIN} --data link.pt --out data.pt",
+    f"{TRAIN} --init hard.pt --out net.pt",
+    f"{TRAIN} --out note.pt", f"{TRAIN} --out pipe.pt",
+    f"{SAMPLE} --ckpt net.png --out net.png", f"{SAMPLE} --ckpt net.pt --out pipe.png",
+])
+def test_out_destroys_nothing_that_is_not_its_own(run, few, unet, capsys, line):
+    """Inputs by any name, another log beside it, pipes."""
+    Path("data.pt").write_bytes(few.read_bytes())
+    Path("link.pt").symlink_to("data.pt")
+    Path("net.pt").write_bytes(unet.read_bytes())
+    os.link("net.pt", "hard.pt")
+    os.link("net.pt", "net.png")
+    Path("note.csv").write_text("mine")
+    os.mkfifo("pipe.csv")
+    os.mkfifo("pipe.png")
+    before = {path: path.is_file() and path.read_bytes() for path in Path().iterdir()}
+    assert run(line) == 2
+    error_line(capsys)
+    assert {path: path.is_file() and path.read_bytes() for path in Path().iterdir()} == before
+
+
+def test_two_processes_write_one_file_each_whole(tmp_path):
+    """Neither fails, and what a user has under such a name stays."""
+    mine = tmp_path / ".a.1.tmp"
+    mine.touch()
+    script = ("import sys; sys.path.insert(0, sys.argv[1]); from command import write_whole\n"
+              "for k in range(300): write_whole('a', sys.argv[2].encode() * 10000)")
+    both = [subprocess.Popen([sys.executable, "-c", script, ROOT, letter], cwd=tmp_path)
+            for letter in "xy"]
+    assert [process.wait() for process in both] == [0, 0]
+    assert set((tmp_path / "a").read_text()) in ({"x"}, {"y"})
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.1.tmp", "a"]
+
+
+# ---------------------------------------------------------------- what is read
+
+def spoil(saved, part, value):
+    """A change of a checkpoint's dict, at a path of keys."""
+    *parents, last = part.split("/")
+    for key in parents:
+        saved = saved[key]
+    if value is None:
+        del saved[last]
+    else:
+        saved[last] = value
+
+
+@pytest.mark.parametrize("part, value", [
+    ("weights", None), ("weights", {1: 2}), ("weights/net.norm.bias", torch.full((32,), torch.nan)),
+    ("config/net", dict(layers=1)), ("optimizer", None), ("schedule", 3),
+])
+@pytest.mark.parametrize("use", ["--init bad.pt --out new.pt", "--resume --out bad.pt"])
+def test_a_damaged_checkpoint_starts_no_run(run, unet, capsys, part, value, use):
+    """With a right checksum: parts that are missing, of another network, or not finite."""
+    line = "train.py --arch unet --predict z --times logit-normal --steps 4 --batch 8"
+    assert run(f"{line} --steps 4 --save-every 1 --out bad.pt --lr 1e-3") == 0
+    saved = checkpoint.read("bad.pt")
+    saved.update(step=2, optimizer={}, schedule={})
+    spoil(saved, part, value)
+    checkpoint.save("bad.pt", saved)
+    before = Path("bad.pt").read_bytes()
+    capsys.readouterr()
+    assert run(f"{line} --lr 1e-3 {use}") == (0 if "init" in use and part in saved.keys() - {"weights"}
+                                    else 2)
+    assert Path("bad.pt").read_bytes() == before
+
+
+@pytest.mark.parametrize("scale", [0.0, torch.nan])
+def test_an_autoencoder_that_decodes_nothing_is_damaged(run, capsys, scale):
+    """scale = 0 would divide by 0; of a latent model's own autoencoder too."""
+    assert run("vae.py --steps 1 --batch 8 --out v.pt") == 0
+    assert run("train.py --arch dit --latent v.pt --steps 1 --batch 2 --out latent.pt") == 0
+    for file, part in (("v.pt", "weights/scale"), ("latent.pt", "autoencoder/weights/scale")):
+        saved = checkpoint.read(file)
+        spoil(saved, part, torch.tensor(scale))
+        checkpoint.save(file, saved)
+    capsys.readouterr()
+    assert run("train.py --arch dit --latent v.pt --steps 1 --batch 2 --out a.pt") == 2
+    assert "damaged" in error_line(capsys)
+    assert run(f"{SAMPLE} --ckpt latent.pt") == 2
+    assert "damaged" in error_line(capsys)
+
+
+@pytest.mark.parametrize("make", [
+    lambda file: file.symlink_to("nowhere"), os.mkfifo, Path.mkdir,
+    lambda file: file.write_text("damaged")])
+def test_what_lies_in_runs_is_in_nobodys_way(run, unet, capsys, make):
+    """A broken link, a pipe, a folder or a damaged file instead of a classifier is passed over."""
+    Path("runs").mkdir()
+    make(Path("runs/classifier.pt"))
+    assert run(f"{SAMPLE} --ckpt {unet}") == 0
+    assert "no classifier has seen these data" in capsys.readouterr().out
+
+
+def test_a_classifier_guides_on_its_own_data_and_path_only(run, few, unet, capsys):
+    """Of another path it still says the label accuracy; of other data not even that."""
+    assert run("classifier.py --steps 1 --batch 8 --path ddpm") == 0
+    assert run(f"{SAMPLE} --ckpt {unet} --guidance classifier") == 2
+    assert "--path" in error_line(capsys)
+    assert run(f"{SAMPLE} --ckpt {unet}") == 0
+    assert "label accuracy" in capsys.readouterr().out
+    with np.load(few) as npz:
+        np.savez("other.npz", **{key: npz[key][5:] for key in npz})
+    assert run("classifier.py --steps 1 --batch 8 --data other.npz") == 0
+    assert run(f"{SAMPLE} --ckpt {unet}") == 0
+    assert "no classifier has seen these data" in capsys.readouterr().out
+
+
+def test_flipped_bits_in_an_npz_are_noticed(tmp_path, few):
+    """In the headers of its parts, in their directory and in the data: refused or harmless."""
+    raw = few.read_bytes()
+    good = mnist.load(few)
+    file = tmp_path / "flipped.npz"
+    refused = 0
+    places = [*range(0, 200, 3), *range(len(raw) - 300, len(raw), 7), *range(200, len(raw), 9999)]
+    for place in places:
+        flipped = bytearray(raw)
+        flipped[place] ^= 1 << place % 8
+        file.write_bytes(flipped)
+        try:
+            arrays = mnist.load(file)
+        except command.BadInput:
+            refused += 1
+            continue
+        assert all(torch.equal(a, b) for a, b in zip(arrays, good, strict=True))
+    assert refused > len(places) / 2
+
+
+@pytest.mark.parametrize("raw", [
+    b"\0\0\x08\xff" + bytes(1020), b"\0\0\x08\x03" + b"\xff" * 12, b"\0\0\x0d\x01\0\0\0\0"],
+    ids=["255 axes", "too many", "floats"])
+def test_idx_headers_that_promise_something_else_are_bad_input(tmp_path, raw):
+    for name in mnist.IDX_FILES:
+        (tmp_path / name).write_bytes(raw)
+    with pytest.raises(command.BadInput, match="--data wants"):
+        mnist.load(tmp_path)
+
+
+# ---------------------------------------------------------------- too much, other machines
+
+@pytest.mark.parametrize("line", [f"{TRAIN} --batch 2000000", f"{SAMPLE} --n 1000000000"])
+def test_what_does_not_fit_into_memory_is_one_line(run, few, unet, line):
+    """In a process that may have 8 GB."""
+    limit = 8 * 2**30
+    more = f"--data {few}" if "train" in line else f"--ckpt {unet}"
+    process = start(f"{line} {more}", stdout=subprocess.DEVNULL,
+                    preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
+    _, error = process.communicate()
+    assert process.returncode == 2
+    assert error.count("\n") == 1
+    assert "out of memory" in error
+
+
+WHOLE = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29500")
+
+
+@pytest.mark.parametrize("change", [
+    dict(RANK=""), dict(RANK="2"), dict(WORLD_SIZE="0"), dict(WORLD_SIZE="x"),
+    dict(MASTER_ADDR=""), dict(MASTER_PORT="x")])
+def test_torchruns_variables_are_whole_or_one_line_says_so(run, monkeypatch, capsys, change):
+    for name, value in (WHOLE | change).items():
+        monkeypatch.setenv(name, value)
+    assert run(TRAIN) == 2
+    assert "torchrun" in error_line(capsys)
+
+
+@pytest.mark.parametrize("device", ["hpu", "meta", "cuda:99", "tpu", "''"])
+@pytest.mark.parametrize("line", [TRAIN, "classifier.py", "vae.py", SAMPLE])
+def test_a_device_that_is_not_there_is_one_line(run, capsys, device, line):
+    assert run(f"{line} --device {device}") == 2
+    assert "try --device cpu" in error_line(capsys)
+
+
+def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
+    """cuda:LOCAL_RANK under torchrun."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("LOCAL_RANK", "99")
+    with pytest.raises(command.BadInput, match="cuda:99"):
+        checkpoint.pick_device(None)
+
+
+# ---------------------------------------------------------------- the terminal
+
+@pytest.mark.parametrize("line, redirect", [
+    (f"{SAMPLE} --ckpt UNET", "| true"), (f"{SAMPLE} --ckpt UNET", "> /dev/full"),
+    (f"{SAMPLE} --ckpt UNET", ">&-"), ("oracle.py", "> /dev/full"),
+    ("sample.py --w 1 --ckpt \u03b5.pt", "")])
+def test_a_stdout_that_takes_nothing_is_silence_or_one_line(run, unet, line, redirect):
+    """A reader that went away, a full disk, a closed stdout, a terminal of ascii alone."""
+    line = line.replace("UNET", str(unet))
+    environment = dict(os.environ, PYTHONIOENCODING="ascii")
+    done = subprocess.run(f"{sys.executable} {ROOT}/{line} {redirect}", shell=True, text=True,
+                          capture_output=True, env=environment)
+    assert done.stderr.count("\n") == (redirect in ("> /dev/full", ""))
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("error, status", [
+    (command.BadInput("wrong"), 2), (OSError(28, "No space left"), 2), (MemoryError(), 2),
+    (torch.OutOfMemoryError("CUDA"), 2), (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2),
+    (KeyboardInterrupt(), 130)])
+def test_what_a_user_can_cause_is_one_line_and_a_status(capsys, error, status):
+    """And a mistake of ours is a traceback."""
+    def main(error=error):
+        raise error
+
+    assert command.run(main) == status
+    assert len(capsys.readouterr().err.splitlines()) == (status == 2)
+    with pytest.raises(RuntimeError):
+        command.run(lambda: main(RuntimeError("a bug")))
+
+
+def test_training_in_a_thread_needs_no_signals(run, few):
+    """As in a notebook's thread: it ends well, and Ctrl-C is as it was."""
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    status = []
+    thread = threading.Thread(target=lambda: status.append(run(f"{TRAIN} --out a.pt")))
+    thread.start()
+    thread.join()
+    assert status == [0]
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_options_that_are_empty_are_refused(run, unet, capsys):
+    """'' is no file."""
+    for line in (f"{TRAIN} --init ''", f"{TRAIN} --latent ''", f"{SAMPLE} --ckpt ''"):
+        assert run(line) == 2
+        assert "''" in error_line(capsys)

@@ -1,0 +1,225 @@
+"""Files: checkpoints, data, pictures; damaged, forged and odd ones."""
+import gzip
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import command
+import mnist
+import picture
+from conftest import same, weights
+
+
+# ---------------------------------------------------------------- checkpoints
+
+def test_a_loaded_network_can_be_copied_pickled_and_trained_further(unet):
+    import copy
+    import pickle
+    net, _ = checkpoint.load(unet)
+    x = torch.randn(2, 1, 32, 32)
+    y = torch.tensor([1, 2])
+    for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
+        assert torch.equal(other(x, 0.4, y), net(x, 0.4, y))
+    net.train()
+    net(x, 0.4, y).square().mean().backward()
+    assert all(p.grad is not None for p in net.parameters())
+
+
+def test_flipped_bits_are_noticed(unet, tmp_path):
+    """One bit in every 4,000th byte, and in the whole directory at the end: refused or harmless."""
+    raw = bytearray(Path(unet).read_bytes())
+    good = weights(unet)
+    places = [*range(0, len(raw), len(raw) // 40), *range(len(raw) - 400, len(raw), 7)]
+    refused = 0
+    for place in places:
+        flipped = bytearray(raw)
+        flipped[place] ^= 16
+        file = tmp_path / "flipped.pt"
+        file.write_bytes(flipped)
+        try:
+            net, _ = checkpoint.load(file)
+        except command.BadInput:
+            refused += 1
+            continue
+        assert same(net.state_dict(), good)     # the bit was in a field that nobody reads
+    assert refused > len(places) / 2
+
+
+class Malice:
+    def __reduce__(self):
+        return Path("ran").touch, ()
+
+
+def forge(unet, change):
+    """The contents of a checkpoint with a right checksum, changed."""
+    saved = checkpoint.read(unet)
+    change(saved)
+    checkpoint.save("forged.pt", saved)
+
+
+@pytest.mark.parametrize("change", [
+    lambda s: s["weights"]["net.first.weight"].fill_(float("nan")),
+    lambda s: s["weights"].popitem(),
+    lambda s: s.pop("weights"),
+    lambda s: s.pop("step"),
+    lambda s: s["config"].update(arch="mlp"),
+    lambda s: s["config"].update(predict="v"),
+    lambda s: s["config"].update(path="x"),
+    lambda s: s["config"].update(net=dict(width=3)),
+    lambda s: s["config"].update(net=7),
+    lambda s: s["config"].pop("data"),
+    lambda s: s.update(config=[1]),
+    lambda s: s.update(step=torch.zeros(2)),
+    lambda s: s.update(weights={1: 2}),
+])
+def test_a_forged_checkpoint_is_damaged(run, unet, change, capsys):
+    forge(unet, change)
+    assert run("sample.py --w 1 --n 2 --steps 1 --ckpt forged.pt") == 2
+    assert "damaged" in capsys.readouterr().err
+
+
+def test_a_pickle_never_runs(run, unet):
+    torch.save(dict(checkpoint.read(unet), more=Malice()), "evil.pt")
+    assert run("sample.py --w 1 --n 2 --steps 1 --ckpt evil.pt") == 2
+    assert not Path("ran").exists()
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_other(tmp_path):
+    file = tmp_path / "a"
+    command.write_whole(file, b"old")
+    with pytest.raises(TypeError):
+        command.write_whole(file, "no bytes")
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+    assert file.read_bytes() == b"old"
+
+
+# ---------------------------------------------------------------- data
+
+def write_idx(folder, few, zipped):
+    folder.mkdir()
+    with np.load(few) as npz:
+        for name, key in zip(mnist.IDX_FILES, mnist.KEYS):
+            array = npz[key].astype(np.uint8)
+            raw = bytes([0, 0, 8, array.ndim]) + struct.pack(f">{array.ndim}I", *array.shape)
+            raw += array.tobytes()
+            path = folder / (f"{name}.gz" if zipped else name)
+            path.write_bytes(gzip.compress(raw) if zipped else raw)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+def test_idx_folders_are_read_as_the_npz_is(tmp_path, few, zipped):
+    write_idx(tmp_path / "idx", few, zipped)
+    for a, b in zip(mnist.load(tmp_path / "idx"), mnist.load(few)):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize("cut", [0, 3, 40, -1])
+def test_a_damaged_idx_file_is_bad_input(tmp_path, few, zipped, cut):
+    write_idx(tmp_path / "idx", few, zipped)
+    file = next((tmp_path / "idx").glob("train-images*"))
+    file.write_bytes(file.read_bytes()[:cut])
+    with pytest.raises(command.BadInput, match="--data wants"):
+        mnist.load(tmp_path / "idx")
+
+
+def test_digits_are_padded_and_bytes_and_pixels_are_one_thing(few):
+    x, y, x_test, y_test = mnist.load(few)
+    assert x.shape == x_test.shape == (300, 1, 32, 32)
+    assert y.dtype == torch.int64
+    with np.load(few) as npz:
+        assert np.array_equal(x[:, 0, 2:-2, 2:-2], npz["x_train"])
+    assert x.sum() == x[:, :, 2:-2, 2:-2].sum()
+    assert torch.equal(mnist.to_bytes(mnist.to_unit(x)), x)
+    assert mnist.to_unit(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
+    assert mnist.to_bytes(torch.tensor([-9.0, 9.0])).tolist() == [0, 255]
+
+
+def change_data(few, file, key, function):
+    with np.load(few) as npz:
+        arrays = dict(npz)
+    arrays[key] = function(arrays[key])
+    np.savez(file, **arrays)
+
+
+@pytest.mark.parametrize("key, function", [
+    ("x_train", np.asfortranarray),
+    ("x_train", lambda x: x.astype(np.int64)),
+    ("x_train", lambda x: 0 * x),
+    ("y_train", lambda y: np.arange(300) % 3),
+    ("x_test", lambda x: 0 * x),
+])
+def test_odd_but_valid_data_train_and_sample(run, few, key, function):
+    change_data(few, "odd.npz", key, function)
+    assert run("train.py --arch unet --steps 2 --batch 8 --data odd.npz --out a.pt") == 0
+    assert run("sample.py --w 3 --n 10 --steps 1 --ckpt a.pt") == 0
+
+
+@pytest.mark.parametrize("key, function", [
+    ("x_train", lambda x: x.astype(float)),
+    ("x_train", lambda x: x.astype(int) - 1),
+    ("x_train", lambda x: x[:, :20]),
+    ("x_test", lambda x: x[:0]),
+    ("y_train", lambda y: y[:5]),
+    ("y_train", lambda y: y + 1),
+    ("y_test", lambda y: y.astype(float)),
+])
+def test_other_arrays_are_bad_input(tmp_path, few, key, function):
+    change_data(few, tmp_path / "bad.npz", key, function)
+    with pytest.raises(command.BadInput, match="--data wants"):
+        mnist.load(tmp_path / "bad.npz")
+
+
+@pytest.mark.parametrize("damage", [lambda raw: raw[:-9], lambda raw: b"", lambda raw: b"x" * 99])
+def test_a_damaged_npz_is_bad_input(tmp_path, few, damage):
+    file = tmp_path / "bad.npz"
+    file.write_bytes(damage(Path(few).read_bytes()))
+    with pytest.raises(command.BadInput, match="--data wants"):
+        mnist.load(file)
+
+
+def test_diversity_is_the_mean_distance_of_two_images_of_a_class():
+    images = torch.zeros(4, 32, 32, dtype=torch.uint8)
+    images[1, 0, 0] = 3
+    images[3, 0, :2] = torch.tensor([6, 8])
+    assert mnist.diversity(images, torch.tensor([0, 0, 1, 1])) == pytest.approx((3 + 10) / 2)
+
+
+# ---------------------------------------------------------------- pictures
+
+def test_a_png_decodes_to_what_was_written():
+    grey = (np.arange(60).reshape(5, 12) * 4).astype(np.uint8)
+    raw = picture.png(grey)
+    assert raw[:8] == b"\x89PNG\r\n\x1a\n"
+    kinds = []
+    data = b""
+    place = 8
+    while place < len(raw):
+        length, = struct.unpack(">I", raw[place:place + 4])
+        body = raw[place + 4:place + 8 + length]
+        assert zlib.crc32(body) == struct.unpack(">I", raw[place + 8 + length:][:4])[0]
+        kinds.append(body[:4])
+        data += body[4:] if body[:4] == b"IDAT" else b""
+        place += 12 + length
+    assert kinds == [b"IHDR", b"IDAT", b"IEND"]
+    rows = np.frombuffer(zlib.decompress(data), np.uint8).reshape(5, 13)
+    assert np.array_equal(rows[:, 1:], grey)
+
+
+def test_a_picture_of_anything_but_bytes_is_refused():
+    with pytest.raises(ValueError):
+        picture.png(np.zeros((4, 4)))
+
+
+def test_a_panel_shows_its_images_in_rows_under_its_title():
+    grid = np.arange(6, dtype=np.uint8).reshape(2, 3, 1, 1).repeat(32, axis=2).repeat(32, axis=3)
+    panel = picture.panel(grid, "w = 3")
+    assert panel.shape == (16 + 64 + 8, 96 + 8)
+    inside = panel[4 + 16:-4, 4:-4]
+    assert inside[::32, ::32].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert panel[4:20].max() == 255             # the title
