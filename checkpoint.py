@@ -92,7 +92,7 @@ def read(file):
         place = HERE / place                    # weights/ is there from everywhere
     if not place.is_file():
         reason = "not a file" if place.exists() else "no such file"
-        raise BadInput(f"{file}: {reason}; train.py makes a checkpoint")
+        raise BadInput(f"{str(file)!r}: {reason}; train.py makes a checkpoint")
     try:
         with zipfile.ZipFile(place) as parts:
             if parts.testzip():                 # torch.load does not look at the checksums

@@ -105,15 +105,19 @@ def try_place(path):
 
 def processes():
     """This process's rank, and how many there are: torchrun says so. Raises BadInput."""
-    names = "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1
     try:
-        rank, world, _, _ = (os.environ[name] for name in names)
-        return int(rank), int(world)
+        rank = int(os.environ["RANK"])
+        world = int(os.environ["WORLD_SIZE"])
+        port = int(os.environ["MASTER_PORT"])
+        whole = 0 <= rank < world and 0 < port < 2**16 and os.environ["MASTER_ADDR"] != ""
     except (KeyError, ValueError):
-        raise BadInput(f"{', '.join(names)}: torchrun sets all of them; unset WORLD_SIZE to train "
-                       "in one process") from None
+        whole = False
+    if not whole:
+        raise BadInput("RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are not as torchrun sets "
+                       "them; unset WORLD_SIZE to train in one process")
+    return rank, world
 
 
 def say(text, end="\n"):

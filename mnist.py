@@ -35,7 +35,7 @@ def read_idx(file):
     rank = int.from_bytes(raw[3:4], "big")
     start = 4 + 4 * rank
     shape = [int.from_bytes(raw[k:k + 4], "big") for k in range(4, start, 4)]
-    if raw[:3] != b"\0\0\x08" or len(raw) != start + math.prod(shape):
+    if raw[:3] != b"\0\0\x08" or rank > 3 or len(raw) != start + math.prod(shape):
         raise bad_data(file, "no IDX file of bytes, or cut short")
     return np.frombuffer(raw, np.uint8, offset=start).reshape(shape)
 

@@ -114,9 +114,10 @@ def find_classifier(options, config, device):
     if guides and config["latent"]:
         raise BadInput("a latent model takes --guidance cfg only: the classifier sees pixels")
     for file in ("runs/classifier.pt", "weights/classifier.pt"):
-        if not Path(file).is_file() and not (checkpoint.HERE / file).is_file():
+        try:
+            classifier, its = checkpoint.load(file, device)
+        except BadInput:                        # not there, or damaged
             continue
-        classifier, its = checkpoint.load(file, device)
         fits = its["arch"] == "classifier" and its["data"] == config["data"]
         if fits and (its["path"] == config["path"] or not guides):
             return classifier, file
@@ -221,15 +222,17 @@ def check(options, error):
 
 
 def check_out(out):
-    """Raise BadInput where --out cannot be written, or is an .npz of anything but samples."""
+    """Raise BadInput where --out cannot be written, or holds anything that this does not write."""
     try_place(out)
-    if out.endswith(".png") or not Path(out).exists():
+    if not Path(out).exists():
         return
-    try:
-        with zipfile.ZipFile(out) as parts:
-            ours = sorted(parts.namelist()) == ["images.npy", "labels.npy"]
-    except zipfile.BadZipFile:
-        ours = False
+    ours = Path(out).read_bytes()[:8] == picture.SIGNATURE
+    if out.endswith(".npz"):
+        try:
+            with zipfile.ZipFile(out) as parts:
+                ours = sorted(parts.namelist()) == ["images.npy", "labels.npy"]
+        except zipfile.BadZipFile:
+            ours = False
     if not ours:
         raise BadInput(f"--out {out} holds something else than samples: choose another name")
 

@@ -118,7 +118,7 @@ class Run:
         self.log = HEADER
         if options.resume and self.out.exists():
             self.restore()
-        elif options.init:
+        elif options.init is not None:
             self.start_from(options.init)
         self.first = self.done
         parameters = sum(p.numel() for p in net.parameters())
@@ -131,6 +131,7 @@ class Run:
             if saved["config"].get(key) != self.config[key]:
                 raise BadInput(f"--init {file}: its {key} is {saved['config'].get(key)}, "
                                f"not {self.config[key]}")
+        checkpoint.rebuild(saved["config"], saved["weights"], file)     # raises BadInput
         self.net.load_state_dict(saved["weights"])
 
     def restore(self):
@@ -141,13 +142,14 @@ class Run:
         if changed:
             raise BadInput(f"{self.out} has another {', '.join(changed)}: choose another --out; "
                            f"--init {self.out} starts a new run from its weights")
-        try:
-            self.net.load_state_dict(saved["weights"])
-            if saved["step"] < self.config["steps"]:
+        checkpoint.rebuild(saved["config"], saved["weights"], self.out)         # raises BadInput
+        self.net.load_state_dict(saved["weights"])
+        if saved["step"] < self.config["steps"]:
+            try:
                 self.optimizer.load_state_dict(saved["optimizer"])
                 self.schedule.load_state_dict(saved["schedule"])
-        except (KeyError, RuntimeError, TypeError, ValueError):
-            raise checkpoint.damaged(self.out) from None
+            except Exception:                   # a damaged state may fail anywhere
+                raise checkpoint.damaged(self.out) from None
         self.done = saved["step"]
         log = self.out.with_suffix(".csv")
         if log.exists():
