@@ -166,7 +166,8 @@ class DataField(nn.Module):
     """A network that predicts z, as a vector field: u = (D z + beta' x) / beta.
 
     net(x, t, y) -> z. beta is 0 at t = 1, where a solver may ask for u. So from last_t on, the
-    formula uses last_t; net gets the true t.
+    formula uses last_t; net gets the true t. To go from data back to noise, start at t = 0.9 with
+    x = path.sample(z, eps, 0.9): nearer to 1, errors of z are divided by a small beta.
     """
 
     def __init__(self, net, path, last_t=0.98):

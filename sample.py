@@ -98,7 +98,7 @@ def load_model(options, device):
     if file is None:
         file = "runs/unet.pt" if Path("runs/unet.pt").is_file() else "weights/unet.pt"
     net, config = checkpoint.load(file, device)
-    if config["arch"] not in ("unet", "dit"):
+    if config["arch"] in ("vae", "classifier"):
         raise BadInput(f"{file}: no generator, but a {config['arch']}")
     print(f"sampling from {file}: {config['arch']}, step {config['step']} of {config['steps']}")
     vae = checkpoint.load_autoencoder(file, device) if config["latent"] else None

@@ -202,7 +202,7 @@ class Run:
         weights = self.net.state_dict()
         if not all(value.isfinite().all() for value in weights.values()):
             raise BadInput(f"the weights are not finite after step {self.done}: lower --lr; "
-                           f"what {self.out} held before is kept")
+                           f"what was in {self.out} is kept")
         start = self.done - len(self.losses)
         for k, loss in enumerate(self.losses):
             self.log += f"{start + k + 1},{loss.item():.6g}\n"

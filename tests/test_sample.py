@@ -85,12 +85,12 @@ def test_guidance_mean_moves_each_step_by_the_classifiers_gradient(run, unet, cl
     line = "--sampler ddim --noise 1 --guidance mean"
     images, _ = draw(run, f"--w 40 --n 4 --ckpt {unet} {line}")
     net, _ = checkpoint.load(unet)
-    judge, _ = checkpoint.load(classifier)
+    noisy, _ = checkpoint.load(classifier)
     y = torch.arange(4)
     randn = sample.Noise(0, range(4), (1, 32, 32))
 
     def push(x, t):
-        return 40 * classifier_gradient(judge, x, t, y)
+        return 40 * classifier_gradient(noisy, x, t, y)
 
     with torch.no_grad(), checkpoint.autocast(torch.device("cpu")):
         field = partial(guided_field, net, y=y, w=0)
@@ -167,8 +167,8 @@ def test_the_shipped_networks_draw_their_labels(run, file, w, low):
     """Label accuracy by the shipped classifier, 100 samples."""
     Path("drawn.npz").unlink(missing_ok=True)
     assert run(f"sample.py --w {w} --n 100 --steps 10 --ckpt weights/{file}.pt --out d.npz") == 0
-    judge, _ = checkpoint.load("weights/classifier.pt")
+    noisy, _ = checkpoint.load("weights/classifier.pt")
     with np.load("d.npz") as npz:
         images = torch.from_numpy(npz["images"])[:, None]
         labels = torch.from_numpy(npz["labels"])
-    assert mnist.accuracy(judge, images, labels) >= low
+    assert mnist.accuracy(noisy, images, labels) >= low
