@@ -145,7 +145,8 @@ class Progress:
         self.shown = time.monotonic()
         rate = (done - self.first) / (self.shown - self.began)
         left = (self.steps - done) / rate
-        line = f"{self.unit} {done}/{self.steps}  {text}{rate:.1f} {self.unit}s/s  {left:.0f} s left"
+        line = (f"{self.unit} {done}/{self.steps}  {text}{rate:.1f} {self.unit}s/s  "
+                f"{left:.0f} s left")
         if self.terminal:                       # cut to the width, over the line before
             line = f"\r{line[:shutil.get_terminal_size().columns - 1]}\033[K"
         say(line, end="" if self.terminal else "\n")

@@ -151,9 +151,11 @@ def resample(x, log_weight):
 def repaired_sde(net, x, y, w, steps, path=PATH):
     """Guided samples that follow the tilted distribution: sequential Monte Carlo on the guided SDE.
 
-    The guided SDE leaves out part of what the tilted density does, so a sample's log-weight grows by
+    The guided SDE leaves out part of what the tilted density does. So the log-weight of a sample
+    grows by
 
-        w (w - 1) (u_t(x|y) - u_t(x)) . (s_t(x|y) - s_t(x)) dt = b_t w (w - 1) |difference of s|^2 dt.
+        w (w - 1) (u_t(x|y) - u_t(x)) . (s_t(x|y) - s_t(x)) dt
+            = b_t w (w - 1) |s_t(x|y) - s_t(x)|^2 dt.
 
     Where the effective sample size falls below half, samples are resampled by their weights.
     Skreta et al. 2025, arXiv 2503.02819. sigma_t^2 = 8 beta_t: with less noise, copies of one

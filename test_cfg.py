@@ -282,7 +282,8 @@ def test_classifier_guidance_scales_the_classifiers_gradient(path, w, x):
         grad = classifier_gradient(classifier_of(path), x, t, MANY)
         grad[0] = 0
         _, b = path.a_b(t, x)
-        guided = classifier_guided_field(net_of(path), classifier_of(path), path, x, t, y, w)
+        scales = torch.full((6,), w)            # w may be (B,): a scale for each sample
+        guided = classifier_guided_field(net_of(path), classifier_of(path), path, x, t, y, scales)
         close(guided, u + w * b * grad)
 
 

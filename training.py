@@ -54,8 +54,8 @@ def prepare_out(options, *inputs):
             raise BadInput(f"--out {out} is an input of this run: choose another --out")
         saved = checkpoint.read(out)
         if saved["step"] < saved["config"]["steps"] and not options.resume:
-            raise BadInput(f"--out {out} is an unfinished run (step {saved['step']}): add --resume, "
-                           "or choose another --out")
+            raise BadInput(f"--out {out} is an unfinished run (step {saved['step']}): "
+                           "add --resume, or choose another --out")
     log = out.with_suffix(".csv")
     try_place(log)
     if log.exists() and not log.read_text(errors="replace").startswith(HEADER):
