@@ -52,8 +52,7 @@ class EpsField(nn.Module):
     def forward(self, x, t, y):
         eps = self.net(x, t, y)
         t = one_per_sample(t, x).clamp(self.first_t, self.last_t)
-        u = self.path.eps_to_u(eps, x, t)
-        z = self.path.u_to_data(u, x, t).clamp(-self.bound, self.bound)
+        z = self.path.eps_to_data(eps, x, t).clamp(-self.bound, self.bound)
         return self.path.data_to_u(z, x, t)
 
 

@@ -102,6 +102,11 @@ class GaussianPath:
         alpha, _, d_alpha, _ = self.at(t, x, eps)
         return (d_alpha * x - self.determinant(t, x) * eps) / alpha
 
+    def eps_to_data(self, eps, x, t):
+        """z = (x - beta eps) / alpha; infinite at alpha = 0."""
+        alpha, beta, _, _ = self.at(t, x, eps)
+        return (x - beta * eps) / alpha
+
     def data_to_u(self, z, x, t):
         """u = (D z + beta' x) / beta, on CondOT (z - x) / (1 - t); 0/0 at t = 1, where x = z."""
         _, beta, _, d_beta = self.at(t, x, z)

@@ -12,7 +12,7 @@ from conftest import close, distance, randomize
 from dit import Block, DiT, modulate, patchify, positions, unpatchify
 from paths import CondOT
 from unet import ResidualLayer, UNet
-from vae import VAE, kl_to_normal, measure, vae_loss
+from vae import VAE, kl_to_normal, vae_loss
 
 NETWORKS = pytest.mark.parametrize("make, options, shape", [
     (UNet, {}, (1, 32, 32)),
@@ -235,13 +235,3 @@ def test_the_loss_of_the_autoencoder_is_minus_the_elbo(vae, images):
     log_p = Independent(Normal(recon, 0.2), 3).log_prob(images) + constant
     close(loss, (kl - log_p).mean() * 2 * 0.2**2 / 1024, 1e-4)
     check_all_weights_have_gradients(vae, loss)
-
-
-@torch.no_grad()
-def test_measure_gives_the_error_of_pixels_and_the_spread_of_latents(vae):
-    """Mean squared error and standard deviation, over images of bytes."""
-    images = torch.randint(0, 256, (3, 1, 32, 32), dtype=torch.uint8)
-    x = images / 127.5 - 1
-    latents = vae.encode(x)
-    error = (vae.decode(latents) - x).square().mean()
-    close(measure(vae, images), [error, latents.std()], 1e-5)

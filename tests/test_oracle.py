@@ -83,16 +83,6 @@ def test_posterior_is_bayes_rule(path, x):
     close(MIX.log_posterior(path, x, 0.6).exp(), posterior)
 
 
-@ALL_PATHS
-def test_each_row_has_its_own_time_and_label(path, x):
-    """A batch of (x, t, y) gives what its rows give alone."""
-    t = double([0.1, 0.3, 0.5, 0.6, 0.8, 0.9])
-    y = torch.tensor([0, 1, 2, NULL, 2, 0])
-    together = MIX.u(path, x, t, y)
-    for i in range(6):
-        close(together[i:i + 1], MIX.u(path, x[i:i + 1], t[i], y[i:i + 1]))
-
-
 # ---------------------------------------------------------------- what w does
 
 @pytest.mark.parametrize("w", [0.5, 3.0])
@@ -128,6 +118,7 @@ def test_the_repaired_sde_samples_the_tilted_distribution(w, steps):
     assert abs(x.mean() - mean) < 0.04
     assert abs(x.std() - std) < 0.03
     if w > 1:
+        assert len(x.unique()) < 4000           # the last step resamples, so all weights are equal
         guided = partial(guided_field, net, y=y, w=w)
         sde = euler_maruyama(guided, noise, steps, CondOT(), lambda t: (8 * (1 - t))**0.5)
         assert sde.mean() > mean + 0.06
@@ -144,5 +135,5 @@ def test_the_table_shows_that_only_corrected_samples_are_near_the_tilted_distrib
     assert tilted == 1.05
     assert ode > sde + 0.2
     assert sde > tilted + 0.1
-    assert abs(corrected - tilted) < 0.07
+    assert 1.03 < corrected < tilted + 0.06     # p(.|y) alone, w = 1, has 1.00
     assert abs(repaired - tilted) < 0.05

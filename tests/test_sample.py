@@ -1,4 +1,5 @@
 """sample.py as users run it: options, pictures, arrays, classifiers; what is refused."""
+import re
 from functools import partial
 from pathlib import Path
 
@@ -8,12 +9,15 @@ import torch
 
 import checkpoint
 import mnist
+import picture
 import sample
-from cfg_min import NULL, euler, guided_field
-from classifier import classifier_gradient
-from conftest import error_line, run_line
+import train
+from cfg_min import NULL, euler, euler_maruyama, guided_field
+from classifier import classifier_gradient, classifier_guided_field
+from conftest import error_line, randomize, run_line
 from ddpm import ddim
 from paths import CondOT
+from samplers import heun, predictor_corrector
 
 
 def draw(run, line):
@@ -25,44 +29,100 @@ def draw(run, line):
 
 
 @pytest.fixture(scope="session")
-def classifier(tmp_path_factory, few):
-    file = tmp_path_factory.mktemp("classifier") / "classifier.pt"
-    assert run_line(f"classifier.py --steps 4 --batch 8 --out {file}", few) == 0
-    return file
+def loud(tmp_path_factory, few):
+    """A folder of networks of random weights, in whose samples every option shows."""
+    folder = tmp_path_factory.mktemp("loud")
+    lines = {
+        "unet": "train.py --arch unet --predict z",
+        "vae": "vae.py",
+        "latent": f"train.py --arch unet --latent {folder}/vae.pt",
+        "classifier": "classifier.py",
+    }
+    for name, line in lines.items():
+        assert run_line(f"{line} --steps 1 --batch 2 --out {folder}/{name}.pt", few) == 0
+        saved = checkpoint.read(folder / f"{name}.pt")
+        net = checkpoint.rebuild(saved["config"], saved["weights"], name)
+        saved["weights"] = randomize(net).state_dict()
+        checkpoint.save(folder / f"{name}.pt", saved)
+    return folder
 
 
-@pytest.mark.parametrize("line", [
-    "--sampler euler", "--sampler heun", "--sampler em", "--sampler em --sigma 0.5",
-    "--sampler ddim", "--sampler ddim --noise 1", "--sampler pc", "--away-from 8", "--label null",
-    "--w -1e-1", "--w 0", "--guidance classifier", "--guidance classifier --sampler pc",
-    "--guidance mean --sampler ddim --noise 1",
-])
-def test_every_way_to_sample_gives_images_of_its_own(run, unet, classifier, line):
-    """Each option changes the samples of the plain command."""
-    Path("runs").mkdir()
-    Path("runs/classifier.pt").write_bytes(classifier.read_bytes())
-    images, labels = draw(run, f"--w 3 --n 4 --ckpt {unet} {line}")
-    assert images.shape == (4, 32, 32)
-    assert labels.tolist() == ([NULL] * 4 if "null" in line else [0, 1, 2, 3])
-    plain, _ = draw(run, f"--w 3 --n 4 --ckpt {unet}")
-    if line not in ("--sampler euler", "--sampler ddim"):   # on CondOT these two are one
-        assert np.abs(images - plain).max() > 0
-    else:
-        assert np.abs(images - plain).max() <= 1
+def guided(net, w=3.0, away=NULL):
+    return partial(guided_field, net, y=Y, w=w, null=away)
 
 
-def test_sample_py_is_algorithm_8(run, unet):
-    """Euler's steps of the guided field, from the noise of (seed, i), for label i % 10."""
-    images, labels = draw(run, f"--w 3 --n 12 --seed 5 --ckpt {unet}")
-    net, _ = checkpoint.load(unet)
-    noise = np.stack([np.random.default_rng([5, i]).standard_normal((1, 32, 32), np.float32)
-                      for i in range(12)])
-    y = torch.arange(12) % 10
-    field = partial(guided_field, net, y=y, w=3.0)
-    with torch.no_grad(), checkpoint.autocast(torch.device("cpu")):
-        x = euler(field, torch.from_numpy(noise), 3)
-    assert labels.tolist() == y.tolist()
+def by_classifier(net, noisy, w=3.0):
+    return partial(classifier_guided_field, net, noisy, PATH, y=Y, w=w)
+
+
+Y = torch.arange(12) % 10
+PATH = CondOT()
+WAYS = {
+    "": lambda u, c, x, r: euler(guided(u), x, 3),
+    "--ckpt runs/latent.pt": lambda u, c, x, r: euler(guided(u), x, 3),
+    "--sampler heun": lambda u, c, x, r: heun(guided(u), x, 3),
+    "--sampler em": lambda u, c, x, r: euler_maruyama(guided(u), x, 3, PATH, randn=r),
+    "--sampler em --sigma 0.5": lambda u, c, x, r: euler_maruyama(
+        guided(u), x, 3, PATH, 0.5, randn=r),
+    "--sampler ddim --noise 0.5": lambda u, c, x, r: ddim(guided(u), x, 3, PATH, 0.5, randn=r),
+    "--sampler pc": lambda u, c, x, r: predictor_corrector(
+        guided(u, 1), x, 3, PATH, guided(u), randn=r),
+    "--away-from 8 --w -1e-1": lambda u, c, x, r: euler(guided(u, -0.1, 8), x, 3),
+    "--guidance classifier": lambda u, c, x, r: euler(by_classifier(u, c), x, 3, 0.01),
+    "--guidance classifier --sampler pc": lambda u, c, x, r: predictor_corrector(
+        by_classifier(u, c, 1), x, 3, PATH, by_classifier(u, c), t0=0.01, randn=r),
+}
+
+
+@torch.no_grad()
+def check_samples(run, loud, line, way):
+    """That the images of a line, of labels Y, are what a way to sample makes of the same noise."""
+    Path("runs").symlink_to(loud)
+    latent = "latent" in line
+    images, labels = draw(run, f"--w 3 --n 12 --seed 5 {line}")
+    file = f"runs/{'latent' if latent else 'unet'}.pt"
+    net, _ = checkpoint.load(file)
+    noisy, _ = checkpoint.load("runs/classifier.pt")
+    randn = sample.Noise(5, range(12), (4, 8, 8) if latent else (1, 32, 32))
+    noise = randn(Y)
+    eleventh = np.random.default_rng([5, 11]).standard_normal(randn.shape, np.float32)
+    assert torch.equal(noise[11], torch.from_numpy(eleventh))
+    with checkpoint.autocast(torch.device("cpu")):
+        x = way(net, noisy, noise, randn)
+    if latent:
+        x = checkpoint.load_autoencoder(file).decode(x)
+    assert labels.tolist() == Y.tolist()
+    assert images.std() > 10
     assert np.abs(mnist.to_bytes(x)[:, 0].numpy().astype(int) - images).max() <= 3
+
+
+@pytest.mark.parametrize("line", WAYS)
+def test_sample_py_is_algorithm_8(run, loud, line):
+    """Or what options put in its place: from the noise of (seed, i), for label i % 10."""
+    check_samples(run, loud, line, WAYS[line])
+
+
+def test_guidance_mean_moves_each_step_by_the_classifiers_gradient(run, loud):
+    """DDPM lecture, the first "Guided sampling": push = w grad log p(y|mean), u_t(x|null)."""
+    def way(net, noisy, x, randn):
+        def push(x, t):
+            return 3 * classifier_gradient(noisy, x, t, Y)
+        return ddim(guided(net, 0), x, 3, PATH, noise=1.0, push=push, randn=randn)
+
+    check_samples(run, loud, "--guidance mean --sampler ddim --noise 1", way)
+
+
+@pytest.mark.parametrize("arch, path, predict", [
+    ("unet", "condot", "u"), ("dit", "condot", "eps"), ("unet", "cosine", "z"),
+    ("dit", "ddpm", "z"), ("unet", "ddpm", "u"), ("unet", "ddpm", "eps")])
+def test_every_way_to_sample_gives_images_of_its_own(run, arch, path, predict):
+    """From networks of both kinds, on all paths, whatever they predict."""
+    line = f"train.py --arch {arch} --predict {predict} --times logit-normal"
+    assert run(f"{line} --path {path} --steps 2 --batch 2 --out a.pt") == 0
+    assert run(f"classifier.py --path {path} --steps 1 --batch 2") == 0
+    ways = "euler", "heun", "em", "em --sigma 1", "ddim --noise 1", "pc", "em --guidance classifier"
+    images = [draw(run, f"--ckpt a.pt --w 2 --n 2 --sampler {way}")[0] for way in ways]
+    assert len({image.tobytes() for image in images}) >= 6          # eps: Euler's may be Heun's
 
 
 def test_a_sample_depends_on_the_seed_and_its_number_alone(run, unet, monkeypatch):
@@ -75,37 +135,49 @@ def test_a_sample_depends_on_the_seed_and_its_number_alone(run, unet, monkeypatc
     assert np.abs(other - four).max() > 20
 
 
-def test_guidance_mean_moves_each_step_by_the_classifiers_gradient(run, unet, classifier):
-    """ddim with push = w grad log p(y|mean), on the unconditional field."""
-    Path("runs").mkdir()
-    Path("runs/classifier.pt").write_bytes(classifier.read_bytes())
-    line = "--sampler ddim --noise 1 --guidance mean"
-    images, _ = draw(run, f"--w 40 --n 4 --ckpt {unet} {line}")
-    net, _ = checkpoint.load(unet)
-    noisy, _ = checkpoint.load(classifier)
-    y = torch.arange(4)
-    randn = sample.Noise(0, range(4), (1, 32, 32))
-
-    def push(x, t):
-        return 40 * classifier_gradient(noisy, x, t, y)
-
-    with torch.no_grad(), checkpoint.autocast(torch.device("cpu")):
-        field = partial(guided_field, net, y=y, w=0)
-        x = ddim(field, randn(y), 3, CondOT(), noise=1.0, push=push, randn=randn)
-    assert np.abs(mnist.to_bytes(x)[:, 0].numpy().astype(int) - images).max() <= 3
-
-
-def test_the_figure_has_a_panel_a_scale_and_a_row_a_label():
-    """Sample i has label i % 10: its place is row i % 10, column i // 10."""
-    images = torch.arange(25, dtype=torch.uint8).view(25, 1, 1).expand(25, 32, 32)
-    grid = sample.arrange(images, 10)
-    assert grid.shape == (10, 3, 32, 32)
-    assert grid[3, :, 0, 0].tolist() == [3, 13, 23]
-    assert grid[7, :, 0, 0].tolist() == [7, 17, 0]
-    options = sample.parse(["--w", "1", "3"])
-    y, rows = sample.choose_labels(options)
+def test_the_figure_has_a_panel_a_scale_and_a_row_a_label(run, loud):
+    """Image i % 10, i // 10 of a panel is sample i; by default a row of no label comes last."""
+    line = f"--ckpt {loud}/unet.pt --steps 3"
+    panels = []
+    for w in (1, 3):
+        images, _ = draw(run, f"{line} --w {w} --n 20")
+        grid = [[images[r], images[10 + r]] for r in range(10)]
+        panels.append(picture.panel(np.array(grid, np.uint8), f"w = {w}"))
+    assert run(f"sample.py {line} --w 1 3 --n 20 --out a.png") == 0
+    assert Path("a.png").read_bytes() == picture.png(np.hstack(panels))
+    y, rows = sample.choose_labels(sample.parse(["--w", "1"]))
     assert rows == 11
-    assert torch.equal(y, torch.arange(110) % 11)           # the last row has no label
+    assert torch.equal(y, torch.arange(110) % 11)
+    without, labels = draw(run, f"{line} --w 3 --n 2 --label null")
+    assert labels.tolist() == [NULL, NULL]
+    seven, labels = draw(run, f"{line} --w 0 --n 2 --label 7")
+    assert labels.tolist() == [7, 7]
+    assert np.abs(without - seven).max() <= 1   # w = 0 is the unconditional model
+
+
+def test_the_report_is_of_the_samples_as_the_classifier_sees_them(run, loud, capsys):
+    """Label accuracy, and the diversity of the samples over that of the test digits."""
+    Path("runs").symlink_to(loud)
+    images, labels = draw(run, "--w 3 --n 60")
+    images, labels = torch.from_numpy(images).byte()[:, None], torch.from_numpy(labels)
+    classifier, _ = checkpoint.load("runs/classifier.pt")
+    _, config = checkpoint.load("runs/unet.pt")
+    share = 100 * mnist.accuracy(classifier, images, labels)
+    ratio = mnist.diversity(images, labels) / config["real_diversity"]
+    said = capsys.readouterr().out
+    assert f"w = 3: label accuracy {share:.1f} % by runs/classifier.pt" in said
+    assert f"diversity {ratio:.2f} of that of real digits" in said
+
+
+@pytest.mark.parametrize("module", [sample, train])
+def test_the_examples_of_help_parse(capsys, module):
+    with pytest.raises(SystemExit, match="0"):
+        module.parse(["--help"])
+    lines = re.findall(rf"^  python {module.__name__}.py (.*?)(?:   .*)?$",
+                       capsys.readouterr().out, re.MULTILINE)
+    assert len(lines) >= 3
+    for line in lines:
+        module.parse(line.split())
 
 
 def test_without_ckpt_it_takes_runs_unet_and_says_so(run, unet, capsys):

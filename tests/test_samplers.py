@@ -55,8 +55,10 @@ def field_of_gauss(path):
 def exact_end(sampler, path, steps, **options):
     """Mean and standard deviation of X_1 for data N(0.7, 0.4^2), exactly."""
     def run(x, randn):
-        if sampler is ddim:
+        if sampler not in (euler, heun):
             options.update(path=path, randn=randn)
+        if sampler is predictor_corrector:
+            options.update(corrector=field_of_gauss(path))
         return sampler(field_of_gauss(path), x, steps, **options)
 
     return double(moments_of(run, steps + 1))
@@ -64,7 +66,8 @@ def exact_end(sampler, path, steps, **options):
 
 @ALL_PATHS
 @pytest.mark.parametrize("sampler, options", [
-    (heun, {}), (ddim, dict(noise=0.0)), (ddim, dict(noise=0.5)), (ddim, dict(noise=1.0))])
+    (heun, {}), (ddim, dict(noise=0.0)), (ddim, dict(noise=0.5)), (ddim, dict(noise=1.0)),
+    (predictor_corrector, {})])
 def test_samplers_end_in_the_distribution_of_the_data(sampler, options, path):
     """X_1 ~ p_data. 2 X(h/2) - X(h) cancels an error of order h."""
     coarse = exact_end(sampler, path, 100, **options)

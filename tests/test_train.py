@@ -29,33 +29,12 @@ def losses(file):
     return np.loadtxt(file, delimiter=",", skiprows=1)[:, 1]
 
 
-@pytest.mark.parametrize("options", [
-    "", "--predict z --times logit-normal", "--predict eps --path ddpm", "--path cosine --eta 1",
-    "--arch dit --predict z",
-])
-def test_each_recipe_trains_to_a_field_of_finite_values(run, options):
-    assert run(f"{SHORT} {options} --out a.pt") == 0
-    net, config = checkpoint.load("a.pt")
-    assert config["step"] == 6
-    u = net(torch.randn(2, 1, 32, 32), torch.tensor([0.0, 1.0]), torch.tensor([3, 10]))
-    assert u.shape == (2, 1, 32, 32)
-    assert u.isfinite().all()
-
-
 def test_the_default_is_the_lectures_recipe():
     """The network predicts u, t ~ U[0, 1), eta = 0.1, CondOT."""
     options = train.parse(["--arch", "unet"])
     assert (options.predict, options.times, options.eta, options.path) == (
         "u", "uniform", 0.1, "condot")
     assert train.TIMES["uniform"] is torch.rand
-
-
-def test_logit_normal_times():
-    """logit(t) ~ N(-0.8, 0.8^2)."""
-    torch.manual_seed(0)
-    logits = train.logit_normal(40000).double().logit()
-    assert abs(logits.mean() + 0.8) < 0.02
-    assert abs(logits.std() - 0.8) < 0.02
 
 
 class Zero(nn.Module):
@@ -91,7 +70,8 @@ def test_the_loss_is_that_of_what_the_network_predicts(grey, name, predict):
     path = PATHS[name]
     assert grey(f"--eta 0 --path {name} --predict {predict}") == 0
     for (x, t, y), loss in zip(Zero.calls, losses("a.csv"), strict=True):
-        z = mnist.to_unit(F.pad((20 * y + 10).view(-1, 1, 1, 1).expand(-1, 1, 28, 28), (2, 2, 2, 2)))
+        inside = (20 * y + 10).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
+        z = mnist.to_unit(F.pad(inside, (2, 2, 2, 2)))
         alpha, beta, _, _ = path.at(t, x)
         eps = (x - alpha * z) / beta            # the noise, if z is the digit of label y
         assert abs(eps.std() - 1) < 0.01
@@ -102,10 +82,9 @@ def test_the_loss_is_that_of_what_the_network_predicts(grey, name, predict):
 
 @pytest.mark.parametrize("options, eta, mean", [
     ("", 0.1, 0.5), ("--eta 0.4", 0.4, 0.5), ("--eta 1 --times logit-normal", 1, 0.336)])
-def test_labels_are_dropped_with_eta_and_t_is_drawn_as_asked(grey, options, eta, mean):
+def test_training_sees_pairs_labels_dropped_with_eta_and_its_times(grey, options, eta, mean):
     """Shares of null labels; means of U[0, 1) and of the logit-normal t."""
     assert grey(options) == 0
-    assert losses("a.csv").shape == (2,)
     _, t, y = (torch.cat(parts) for parts in zip(*Zero.calls))
     assert abs((y == NULL).double().mean() - eta) < 0.05
     assert abs(t.mean() - mean) < 0.03
@@ -230,29 +209,26 @@ def test_two_processes_share_the_batch(run, few):
 
 # ---------------------------------------------------------------- what is refused
 
-def make_inputs(few):
-    """Files that a run must not destroy, by name."""
-    Path("folder").mkdir()
-    Path("file").write_text("mine")
-    Path("text.pt").write_text("mine")
-    Path("note.csv").write_text("mine")
-    Path("mine.npz").write_bytes(Path(few).read_bytes())
-    os.mkfifo("fifo.pt")
-
-
 @pytest.mark.parametrize("out", [
-    "''", ".", "/", "folder", "folder/", "file/a.pt", "file", "text.pt", "note.pt", "mine.npz",
-    "fifo.pt", "/proc/a.pt",
+    "''", ".", "/", "folder", "folder/", "file/a.pt", "text.pt", "note.pt", "pipe.pt", "/proc/a.pt",
+    "data.pt --data link.pt", "net.pt --init hard.pt",
 ])
-def test_out_is_tried_before_training_and_nothing_of_others_is_lost(run, few, out, capsys,
-                                                                    monkeypatch):
-    """One line, status 2, before the first step; no file has changed."""
-    make_inputs(few)
+def test_out_is_tried_before_training_and_destroys_nothing(run, few, unet, out, capsys,
+                                                           monkeypatch):
+    """Folders, pipes, texts, another log beside it, inputs by any name."""
+    Path("folder").mkdir()
+    for name in ("file", "text.pt", "note.csv"):
+        Path(name).write_text("mine")
+    os.mkfifo("pipe.csv")
+    Path("data.pt").write_bytes(few.read_bytes())
+    Path("link.pt").symlink_to("data.pt")
+    Path("net.pt").write_bytes(unet.read_bytes())
+    os.link("net.pt", "hard.pt")
     monkeypatch.setattr(training.Run, "steps", None)        # training would be a TypeError
-    before = {path: path.read_bytes() for path in Path().iterdir() if path.is_file()}
+    before = {path: path.is_file() and path.read_bytes() for path in Path().iterdir()}
     assert run(f"{SHORT} --out {out}") == 2
     error_line(capsys)
-    assert {path: path.read_bytes() for path in Path().iterdir() if path.is_file()} == before
+    assert {path: path.is_file() and path.read_bytes() for path in Path().iterdir()} == before
 
 
 @pytest.mark.parametrize("line, says", [
