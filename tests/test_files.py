@@ -36,8 +36,8 @@ def test_flipped_bits_are_noticed(request, tmp_path, name, load):
     whole = request.getfixturevalue(name)
     raw = whole.read_bytes()
     file = tmp_path / "flipped"
-    places = [*range(0, 200, 5), *range(len(raw) - 400, len(raw), 7),
-              *range(200, len(raw), len(raw) // 40)]
+    places = [*range(0, 200, 9), *range(len(raw) - 400, len(raw), 17),
+              *range(200, len(raw), len(raw) // 20)]
     refused = 0
     for place in places:
         flipped = bytearray(raw)
