@@ -38,7 +38,7 @@ SAMPLERS = {                                    # name: calls a step, options of
     "Euler": (1, ("--sampler", "euler")),
     "Heun": (2, ("--sampler", "heun")),
     "Euler-Maruyama": (1, ("--sampler", "em")),
-    "ancestral (ddim, noise 1)": (1, ("--sampler", "ddim", "--noise", 1)),
+    "ancestral": (1, ("--sampler", "ddim", "--noise", 1)),
 }
 
 
