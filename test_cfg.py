@@ -104,6 +104,7 @@ def test_u_gives_z_eps_and_score_of_one_pair_and_they_give_u(path, x):
         close(path.u_to_score(u, x_t, t), score)
         close(path.score_to_u(score, x_t, t), u)
         close(path.eps_to_u(eps, x_t, t), u)
+        close(path.eps_to_data(eps, x_t, t), z)
         close(path.data_to_u(z, x_t, t), u)
 
 
