@@ -82,7 +82,8 @@ def save(file, saved):
 
 
 def damaged(file):
-    return BadInput(f"{file}: not a checkpoint of this project, or a damaged one")
+    return BadInput(f"{file}: not a checkpoint of this project, or a damaged one, or of another "
+                    "network than this code's")
 
 
 def read(file):

@@ -27,6 +27,8 @@ def bad_data(path, reason):
 def read_idx(file):
     """An IDX file of bytes, or its .gz: 0, 0, 8, the rank, big-endian sizes, data."""
     packed = Path(f"{file}.gz")
+    if not file.is_file() and not packed.is_file():
+        raise bad_data(file, "not a file")
     try:
         with gzip.open(packed) if packed.exists() and not file.exists() else open(file, "rb") as f:
             raw = f.read(LARGEST)
@@ -42,6 +44,8 @@ def read_idx(file):
 
 def read_npz(file):
     """The arrays of KEYS in an .npz."""
+    if not file.is_file():                      # a device or a pipe would be read without end
+        raise bad_data(file, "not a file")
     try:
         with zipfile.ZipFile(file) as parts:
             if parts.testzip():                 # numpy does not read every checksum

@@ -182,21 +182,29 @@ def parse(argv=None):
     many = number(int, 1, 1e9)
     p.add_argument("--n", type=many, default=1000, help="samples of a measurement (1000)")
     p.add_argument("--steps", type=many, default=25, help="of Euler's method (25)")
-    p.add_argument("--w", type=float, nargs="+", default=(1.5, 3.0, 8.0), help="scales (1.5 3 8)")
+    p.add_argument("--w", type=number(float, -1e3, 1e3), nargs="+", default=(1.5, 3.0, 8.0),
+                   help="scales (1.5 3 8)")
     p.add_argument("--ckpt", default="weights/unet.pt", metavar="FILE.pt")
     p.add_argument("--weak", metavar="FILE.pt", help="a weaker network, for autoguidance")
     return p.parse_args(argv)
 
 
+def load_generator(file):
+    """net(x, t, y) -> u of a checkpoint, of pixels and on CondOT. Raises BadInput."""
+    net, config = checkpoint.load(file)
+    if config["arch"] in ("vae", "classifier") or config["path"] != "condot" or config["latent"]:
+        raise BadInput(f"{file}: these rules are written for generators of pixels, --path condot")
+    return net
+
+
 @torch.no_grad()
 def main(argv=None):
     options = parse(argv)
-    net, config = checkpoint.load(options.ckpt)
-    if config["path"] != "condot" or config["latent"]:
-        raise BadInput(f"{options.ckpt}: these rules are written for pixels and --path condot")
-    weak = checkpoint.load(options.weak)[0] if options.weak else None
+    net = load_generator(options.ckpt)
+    weak = None if options.weak is None else load_generator(options.weak)
     y = torch.arange(options.n) % 10
     measures = Measures()
+    measures.split(y)                           # raises BadInput, before the work
     print(f"{options.n} digits in {options.steps} steps of Euler's method")
     for w in options.w:
         for name, rule, second in rows_of(net, weak, 1 / options.steps):

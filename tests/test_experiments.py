@@ -196,10 +196,10 @@ def test_the_evaluator_is_kept_whole_and_trained_anew_for_other_data(evaluate, c
 
 
 def test_c2st_is_a_half_of_what_is_alike_and_all_of_what_is_not():
-    """50 % of samples that are the real digits, 100 % of black ones beside white ones."""
-    grey = torch.full((16, 1, 32, 32), 90, dtype=torch.uint8)
-    assert measures.classify_two_samples(grey, grey, steps=1) == 50
-    assert measures.classify_two_samples(0 * grey, 0 * grey + 255, steps=10) == 100
+    """50 % of noise beside noise, learnt by heart or not; 100 % of black beside white."""
+    noise = torch.randint(0, 256, (2, 40, 1, 32, 32), dtype=torch.uint8)
+    assert measures.classify_two_samples(*noise, steps=40) < 75
+    assert measures.classify_two_samples(0 * noise[0], 0 * noise[0] + 255, steps=10) == 100
 
 
 @pytest.mark.parametrize("images, labels", [
@@ -215,6 +215,19 @@ def test_samples_that_cannot_be_measured_are_one_line(evaluate, capsys, images, 
     np.savez("samples.npz", images=images, labels=labels)
     line = ["samples.npz", "--data", "some.npz"]
     assert command.run(partial(measures.main, line)) == 2
+    error_line(capsys)
+
+
+@pytest.mark.parametrize("options", [
+    "--w nan", "--n 5", "--ckpt weights/classifier.pt", "--weak weights/vae.pt", "--weak no.pt"])
+def test_guides_that_cannot_be_compared_are_one_line(evaluate, unet, capsys, monkeypatch, options):
+    """Scales that are no numbers, too few samples, other networks than generators of pixels."""
+    monkeypatch.setattr(guides, "Measures", evaluate)
+    line = f"--n 20 --steps 1 --w 3 --ckpt {unet} {options}"
+    try:
+        assert command.run(partial(guides.main, line.split())) == 2
+    except SystemExit as error:                 # argparse's way out
+        assert error.code == 2
     error_line(capsys)
 
 

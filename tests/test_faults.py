@@ -173,17 +173,19 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
 
 # ---------------------------------------------------------------- the terminal
 
-@pytest.mark.parametrize("line, redirect", [
-    (f"{SAMPLE} --ckpt UNET", "| true"), (f"{SAMPLE} --ckpt UNET", "> /dev/full"),
-    (f"{SAMPLE} --ckpt UNET", ">&-"), ("oracle.py", "> /dev/full"),
-    ("sample.py --w 1 --ckpt \u03b5.pt", "")])
-def test_a_stdout_that_takes_nothing_is_silence_or_one_line(run, unet, line, redirect):
+@pytest.mark.parametrize("line, redirect, status, lines", [
+    (f"{SAMPLE} --ckpt UNET", "| true", 0, 0), (f"{SAMPLE} --ckpt UNET", "> /dev/full", 2, 1),
+    (f"{SAMPLE} --ckpt UNET", ">&-", 0, 0), ("oracle.py", "> /dev/full", 2, 1),
+    (f"{SAMPLE} --ckpt UNET --out \u03b5.png", "", 0, 0)])
+def test_a_stdout_that_takes_nothing_is_silence_or_one_line(run, unet, line, redirect, status,
+                                                            lines):
     """A reader that went away, a full disk, a closed stdout, a terminal of ascii alone."""
     line = line.replace("UNET", str(unet))
-    environment = dict(os.environ, PYTHONIOENCODING="ascii")
+    environment = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONUNBUFFERED="")
     done = subprocess.run(f"{sys.executable} {ROOT}/{line} {redirect}", shell=True, text=True,
                           capture_output=True, env=environment)
-    assert done.stderr.count("\n") == (redirect in ("> /dev/full", ""))
+    assert done.returncode == status
+    assert done.stderr.count("\n") == lines
     assert "Traceback" not in done.stderr
 
 

@@ -1,5 +1,6 @@
 """Files: checkpoints, data, pictures; damaged, forged and odd ones."""
 import gzip
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -38,10 +39,14 @@ def test_flipped_bits_are_noticed(request, tmp_path, name, load):
     file = tmp_path / "flipped"
     places = [*range(0, 200, 9), *range(len(raw) - 400, len(raw), 17),
               *range(200, len(raw), len(raw) // 20)]
+    flips = [(place, place % 8) for place in places]
+    # the length of an array's header; a mark after which torch leaves a tensor as it finds it
+    flips += [(array.end() + 2, bit) for array in re.finditer(b"NUMPY", raw) for bit in range(8)]
+    flips += [(entry.start() + 38, 4) for entry in re.finditer(b"PK\1\2", raw)][::5]
     refused = 0
-    for place in places:
+    for place, bit in flips:
         flipped = bytearray(raw)
-        flipped[place] ^= 1 << place % 8
+        flipped[place] ^= 1 << bit
         file.write_bytes(flipped)
         try:
             value = load(file)
