@@ -142,7 +142,7 @@ def classify(measures, n, draws=(1, 4, 10, 20), low=0.05, high=0.95):
     net, _ = checkpoint.load("weights/unet.pt")
     path = CondOT()
     z = mnist.to_unit(measures.x_test[:n])
-    weights = {"t / (1 - t), exact": partial(likelihood_weight, path),
+    weights = {"t / (1 - t)": partial(likelihood_weight, path),
                "1": torch.ones_like, "(1 - t)^2": lambda t: (1 - t)**2}
     sums = dict.fromkeys(weights, 0.0)
     torch.manual_seed(0)
