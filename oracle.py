@@ -158,8 +158,8 @@ def repaired_sde(net, x, y, w, steps, path=PATH):
             = b_t w (w - 1) |s_t(x|y) - s_t(x)|^2 dt.
 
     Where the effective sample size falls below half, samples are resampled by their weights.
-    Skreta et al. 2025, arXiv 2503.02819. With sigma_t^2 = 2 beta_t
-    instead of 8 beta_t the samples of large w stay too far out.
+    Skreta et al. 2025, arXiv 2503.02819. With sigma_t^2 = 2 beta_t instead of 8 beta_t, the samples
+    of large w stay too far out.
     """
     def field(x, t):
         return guided_field(net, x, t, y, w)
