@@ -100,7 +100,7 @@ class UNet(nn.Module):
 
     H and W are multiples of 8 by default; shapes below are of H = W = 32. layers: of each stage.
     One departure from the lab: the first convolution has stride 2, and the last writes 2 x 2 pixels
-    for each place. That is nearly four times as fast (docs/results.md). stride = 1 is the lab's.
+    for each place. That is three times as fast (docs/results.md). stride = 1 is the lab's.
     """
 
     def __init__(self, channels=(32, 64, 128), layers=2, in_channels=1, stride=2, E=128):
