@@ -201,7 +201,7 @@ def test_two_processes_share_the_batch(run, few):
                 halves.append(cfg_cfm_loss(net, CondOT(), z, y, 0.1, torch.rand(4)))
         assert halves[0] != halves[1]           # of other digits
         mean = sum(halves) / 2
-        assert loss == pytest.approx(mean.item(), rel=1e-3)
+        assert loss == pytest.approx(mean.item(), rel=0.01)  # bfloat16 rounds
         optimizer.zero_grad()
         mean.backward()
         optimizer.step()
