@@ -9,7 +9,6 @@ import io
 import json
 import os
 import warnings
-import zipfile
 import zlib
 from pathlib import Path
 
@@ -95,9 +94,6 @@ def read(file):
         reason = "not a file" if place.exists() else "no such file"
         raise BadInput(f"{str(file)!r}: {reason}; train.py makes a checkpoint")
     try:
-        with zipfile.ZipFile(place) as parts:
-            if parts.testzip():                 # torch.load does not look at the checksums
-                raise zipfile.BadZipFile
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # torch's words on pickles that it then refuses
             saved = torch.load(place, map_location="cpu", weights_only=True)
@@ -108,7 +104,7 @@ def read(file):
             raise ValueError
     except (MemoryError, PermissionError):
         raise
-    except Exception:                           # zipfile and torch raise whatever they stumble over
+    except Exception:                           # torch raises whatever it stumbles over
         raise damaged(file) from None
     return saved
 

@@ -17,7 +17,10 @@ class BadInput(ValueError):
 
 
 def run(main):
-    """main()'s exit status. Bad input, a full disk or memory is one line and 2; Ctrl-C is 130."""
+    """main()'s exit status. Bad input, a full disk or memory is one line and 2; Ctrl-C is 130.
+
+    1, without a word, where the reader of stdout went away before all was said.
+    """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")   # names that a terminal cannot show
     try:
@@ -29,7 +32,7 @@ def run(main):
         return 130
     except BrokenPipeError:                     # nobody reads stdout any more
         silence_stdout()
-        return 0
+        return 1
     except (BadInput, OSError) as error:
         complain(error)
     except (MemoryError, RuntimeError) as error:
@@ -82,8 +85,11 @@ def number(kind, low, high):
 
 
 def write_whole(path, data):
-    """Write bytes under a temporary name, then rename: path is whole or stays as it was."""
-    path = Path(path)
+    """Write bytes under a temporary name, then rename: path is whole or stays as it was.
+
+    A symbolic link stays one: the file that it leads to is written.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:

@@ -170,6 +170,7 @@ class Run:
                 self.done = step + 1
                 stop = self.agree(self.interrupt.asked)
                 if progress.is_due() or self.done == total:
+                    self.check_weights()
                     recent = torch.stack(self.losses[shown - self.done:])
                     progress.show(self.done, f"loss {recent.mean():.4f}  ")
                     shown = self.done
@@ -197,12 +198,15 @@ class Run:
             loss = loss / dist.get_world_size()
         self.losses.append(loss)
 
+    def check_weights(self):
+        """Raise BadInput where the weights are not finite."""
+        if not all(value.isfinite().all() for value in self.net.state_dict().values()):
+            raise BadInput(f"the weights are not finite after step {self.done}: lower --lr; "
+                           f"{self.out} stays as it was")
+
     def save(self):
         """Write the log and the checkpoint. Raises BadInput where the weights are not finite."""
-        weights = self.net.state_dict()
-        if not all(value.isfinite().all() for value in weights.values()):
-            raise BadInput(f"the weights are not finite after step {self.done}: lower --lr; "
-                           f"what was in {self.out} is kept")
+        self.check_weights()
         start = self.done - len(self.losses)
         for k, loss in enumerate(self.losses):
             self.log += f"{start + k + 1},{loss.item():.6g}\n"
@@ -210,7 +214,7 @@ class Run:
         rank, _ = processes()
         if rank > 0:
             return
-        saved = dict(config=self.config, step=self.done, weights=weights)
+        saved = dict(config=self.config, step=self.done, weights=self.net.state_dict())
         if self.autoencoder:
             saved["autoencoder"] = self.autoencoder
         if self.done < self.config["steps"]:

@@ -52,6 +52,14 @@ def test_two_processes_write_one_file_each_whole(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [".a.1.tmp", "a"]
 
 
+def test_a_link_stays_a_link_and_its_file_is_written(tmp_path):
+    (tmp_path / "link").symlink_to("file")
+    for data in (b"new", b"newer"):
+        command.write_whole(tmp_path / "link", data)
+        assert (tmp_path / "link").is_symlink()
+        assert (tmp_path / "file").read_bytes() == data
+
+
 # ---------------------------------------------------------------- what is read
 
 def spoil(saved, part, value):
@@ -174,7 +182,7 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
 # ---------------------------------------------------------------- the terminal
 
 @pytest.mark.parametrize("line, redirect, status, lines", [
-    (f"{SAMPLE} --ckpt UNET", "| true", 0, 0), (f"{SAMPLE} --ckpt UNET", "> /dev/full", 2, 1),
+    (f"{SAMPLE} --ckpt UNET", "| true", 1, 0), (f"{SAMPLE} --ckpt UNET", "> /dev/full", 2, 1),
     (f"{SAMPLE} --ckpt UNET", ">&-", 0, 0), ("oracle.py", "> /dev/full", 2, 1),
     (f"{SAMPLE} --ckpt UNET --out \u03b5.png", "", 0, 0)])
 def test_a_stdout_that_takes_nothing_is_silence_or_one_line(run, unet, line, redirect, status,
@@ -182,8 +190,9 @@ def test_a_stdout_that_takes_nothing_is_silence_or_one_line(run, unet, line, red
     """A reader that went away, a full disk, a closed stdout, a terminal of ascii alone."""
     line = line.replace("UNET", str(unet))
     environment = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONUNBUFFERED="")
-    done = subprocess.run(f"{sys.executable} {ROOT}/{line} {redirect}", shell=True, text=True,
-                          capture_output=True, env=environment)
+    command_line = f"set -o pipefail; {sys.executable} {ROOT}/{line} {redirect}"
+    done = subprocess.run(["bash", "-c", command_line], text=True, capture_output=True,
+                          env=environment)
     assert done.returncode == status
     assert done.stderr.count("\n") == lines
     assert "Traceback" not in done.stderr
