@@ -100,7 +100,10 @@ def read(file):
         if saved.pop("checksum") != checksum_of(saved):
             raise ValueError
         json.dumps(saved["config"])             # plain data
-        if not 0 < saved["step"] <= saved["config"]["steps"] or not saved["weights"]:
+        step = saved["step"]
+        if not isinstance(step, int) or not 0 < step <= saved["config"]["steps"]:
+            raise ValueError
+        if not saved["weights"]:
             raise ValueError
     except (MemoryError, PermissionError):
         raise

@@ -82,6 +82,7 @@ def forge(unet, change):
     lambda s: s["config"].pop("data"),
     lambda s: s.update(config=[1]),
     lambda s: s.update(step=torch.zeros(2)),
+    lambda s: s.update(step=1.5),
     lambda s: s.update(weights={1: 2}),
 ])
 def test_a_forged_checkpoint_is_damaged(run, unet, change, capsys):
