@@ -140,10 +140,10 @@ def load(file, device="cpu"):
 
 def load_autoencoder(file, device="cpu"):
     """The autoencoder that a latent model's checkpoint carries. Raises BadInput."""
-    saved = read(file)
-    if "autoencoder" not in saved:
+    autoencoder = read(file).get("autoencoder")
+    if not isinstance(autoencoder, dict) or autoencoder.keys() != {"config", "weights"}:
         raise damaged(file)
-    vae = rebuild(**saved["autoencoder"], file=file)
+    vae = rebuild(**autoencoder, file=file)
     return vae.to(device)
 
 
