@@ -66,7 +66,7 @@ def guide(cond, uncond, w):
     """Classifier-free guidance: (1 - w) u_t(x|null) + w u_t(x|y).
 
     Any two predictions of one kind (u, score, eps or z), of the same shape. w = 1 gives cond, w = 0
-    gives uncond. For all kinds it is the same guidance: at given x and t each kind is a x + b times
+    gives uncond. For all kinds guidance is the same: at given x and t each kind is a x plus b times
     another, and the weights 1 - w and w add to 1.
     Lecture 4, "Classifier-free guidance"; Ho & Salimans 2022, whose w is ours minus 1.
     """
@@ -75,7 +75,7 @@ def guide(cond, uncond, w):
 
 
 def add_axes(w, x):
-    """A scale for each sample, w (B,), with the axes of x: (B, 1, ..., 1). A number stays one."""
+    """A scale for each sample, w (B,), with the axes of x: (B, 1, ..., 1). A number is kept."""
     if not isinstance(w, torch.Tensor) or w.ndim == 0:
         return w
     require(w.shape == x.shape[:1], f"w of shape {tuple(w.shape)}: expected ({len(x)},)")
@@ -148,8 +148,8 @@ def euler_maruyama_step(field, x, t, s, path, sigma=None, randn=torch.randn_like
     """X_s = X_t + h (u + sigma_t^2/2 score) + sqrt(h) sigma_t xi, with h = s - t, xi ~ N(0, I).
 
     As score = -eps / beta_t, the drift is u - k eps with k = sigma_t^2 / (2 beta_t). The step adds
-    noise of variance h sigma_t^2. All the noise in X_s is of variance beta_s^2, so sigma_t is at
-    most beta_s / sqrt(h), in the noise and in the drift.
+    noise of variance h sigma_t^2. X_s has noise of variance beta_s^2 in all, so sigma_t
+    is capped at beta_s / sqrt(h), in the noise and in the drift.
     """
     h = s - t
     beta = value_at(path.beta, t)

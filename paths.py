@@ -11,13 +11,13 @@ So x given z has the distribution p_t(x|z) = N(x; alpha_t z, beta_t^2 I). It mov
 
 Many pairs (z, eps) meet in one x. The mean of their velocities, E[u_t(x|z) | x], is the marginal
 vector field u_t(x). Its ODE carries the noise to the data, and a network learns it. p_t(x) is the
-density of x when z is drawn from the data. Its score, grad log p_t(x), is the same mean of the
-scores of p_t(x|z).
+density of x when z is drawn from the data. Its score is
+grad log p_t(x) = E[grad log p_t(x|z) | x].
 
 For one pair, the two equations above are linear in z and eps. D is their determinant. Solved for
 z and eps, they give every conversion. The score of the Gaussian p_t(x|z) is
--(x - alpha z) / beta^2 = -eps / beta. At a given x all this is linear, so it holds for the means
-over all pairs as well:
+-(x - alpha z) / beta^2 = -eps / beta. At a given x they are linear, so they hold for the
+means over all pairs too:
 
     D = alpha' beta - alpha beta'           1 for CondOT, pi/2 for Cosine
     z = (beta u - beta' x) / D              E[z|x], if u is the marginal field
@@ -50,7 +50,7 @@ class GaussianPath:
         """alpha, beta, alpha', beta' at t, each (B, 1, ..., 1), with as many axes as x.
 
         They are computed in float32 or wider, then take the type of x (float32 for integers).
-        Raises ValueError where other has not the shape of x.
+        Raises ValueError if other and x differ in shape.
         """
         if other is not None and other.shape != x.shape:
             raise ValueError(f"shapes {tuple(other.shape)} and {tuple(x.shape)} differ")
@@ -152,7 +152,7 @@ class DDPM(GaussianPath):
     Their noise rates 1e-4 ... 0.02 at T = 1000 are rate(s) = 0.1 + 19.9 s in continuous time, and
     abar = exp(-int_0^s rate) (Song et al. 2021, arXiv 2011.13456). alpha_0 is 0.0066: x at t = 0 is
     almost pure noise. beta' = -alpha alpha' / beta is infinite at t = 1, where beta = 0. There the
-    quotient takes beta as 1e-3.
+    code divides by 1e-3.
     """
 
     def rate(self, t): return 0.1 + 19.9 * (1 - t)

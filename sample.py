@@ -106,9 +106,9 @@ def load_model(options, device):
 
 
 def find_classifier(options, config, device):
-    """A classifier that saw the model's data (one that guides also its path), and its file.
+    """A classifier trained on the model's data (and path, if it guides), and its file.
 
-    None, None where there is none and none has to guide. Raises BadInput.
+    None, None if none is found and none is needed. Raises BadInput.
     """
     guides = options.guidance != "cfg"
     if guides and config["latent"]:
@@ -131,7 +131,7 @@ def find_classifier(options, config, device):
 # ---------------------------------------------------------------- what is said and shown
 
 def report(w, images, y, classifier, file, real_diversity):
-    """Say how many samples get their label from the classifier, and how diverse they are."""
+    """Print the share of samples that the classifier labels as y, and their diversity."""
     labelled = y != NULL
     if not labelled.any():
         return

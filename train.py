@@ -25,7 +25,7 @@ RECIPES = {                                     # the defaults of --steps, --bat
 
 
 def logit_normal(n, device=None, mean=-0.8, std=0.8):
-    """Draws t (n,) with logit(t) ~ N(mean, std^2): most near t = 0.3, where the label is decided.
+    """Draws t (n,) with logit(t) ~ N(mean, std^2): mostly near 0.3, where the label is decided.
 
     Esser et al. 2024, arXiv 2403.03206; mean and std of Li & He 2025, arXiv 2511.13720.
     """
@@ -115,7 +115,7 @@ def main(argv=None):
     run = Run(options, config, field, optimizer, schedule, autoencoder)
     net = field
     compute_loss = cfg_cfm_loss
-    if options.predict == "eps":                # this loss wants eps, not the field that it gives
+    if options.predict == "eps":                # this loss needs eps, not the field made from it
         net = field.net
         compute_loss = cfg_dsm_loss
     net = share_gradients(net)
