@@ -56,6 +56,7 @@ def classifier_loss(classifier, path, z, y):
     return F.cross_entropy(classifier(x, t), y)
 
 
+@torch.inference_mode(False)                    # in that mode torch.func.grad gave 0 until 2.11
 def classifier_gradient(classifier, x, t, y, null=NULL):
     """grad log p_t(y|x), like x; 0 where y is null. classifier(x, t) -> logits (B, classes)."""
     t = one_per_sample(t, x)
@@ -65,7 +66,7 @@ def classifier_gradient(classifier, x, t, y, null=NULL):
     def sum_of_log_p(x):                        # each sample's gradient is that of its own term
         log_p = classifier(x, t).log_softmax(dim=1).gather(1, index)[:, 0]
         return (labelled * log_p).sum()
-    return torch.func.grad(sum_of_log_p)(x)
+    return torch.func.grad(sum_of_log_p)(x.clone())         # x may be from that mode
 
 
 def classifier_guided_field(net, classifier, path, x, t, y, w, null=NULL):
