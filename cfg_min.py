@@ -31,6 +31,10 @@ def require_same_shape(a, b):
     require(a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
 
 
+def require_label_each(y, x):
+    require(y.shape == x.shape[:1], f"labels of shape {tuple(y.shape)}: expected ({len(x)},)")
+
+
 # ---------------------------------------------------------------- training
 
 def drop_labels(y, eta, null=NULL):
@@ -50,6 +54,7 @@ def cfg_cfm_loss(net, path, z, y, eta=0.1, t=None, null=NULL):
     net(x, t, y) -> u. t: (B,), or None for the lecture's t ~ U[0, 1).
     Lecture 4, "Classifier-Free Guidance Training".
     """
+    require_label_each(y, z)
     y = drop_labels(y, eta, null)               # with probability eta, y <- null
     if t is None:
         t = torch.rand(len(z), device=z.device)
@@ -89,7 +94,7 @@ def guided_field(net, x, t, y, w, null=NULL):
     u_t(x|y) + (w - 1) (u_t(x|y) - u_t(x|y')). By Bayes' rule for y and for y', the difference is
     b_t (grad log p_t(y|x) - grad log p_t(y'|x)).
     """
-    require(y.shape == x.shape[:1], f"labels of shape {tuple(y.shape)}: expected ({len(x)},)")
+    require_label_each(y, x)
     wide = torch.promote_types(x.dtype, torch.float32)      # bfloat16 would round t
     t = torch.as_tensor(t, dtype=wide, device=x.device)
     require(t.ndim == 0 or t.shape == y.shape, f"t of shape {tuple(t.shape)}: expected (B,)")

@@ -35,6 +35,7 @@ LATENT_OPTIONS = {                              # of the networks that work on l
 def build(config):
     """The untrained network of a config. A U-Net or DiT is a vector field, net(x, t, y) -> u."""
     net = NETS[config["arch"]](**config["net"])
+    net.float()                                 # whatever torch.set_default_dtype says
     if config["arch"] == "vae":
         return net
     path = PATHS[config["path"]]
@@ -50,7 +51,8 @@ def build(config):
 
 def use_once(net, config):
     """What net returns for one image of zeros, or for one latent."""
-    x = torch.zeros(1, *(LATENT_SHAPE if config["latent"] else PIXELS_SHAPE))
+    shape = LATENT_SHAPE if config["latent"] else PIXELS_SHAPE
+    x = torch.zeros(1, *shape, dtype=torch.float32)
     if config["arch"] == "vae":
         return net.decode(net.encode(x))
     if config["arch"] == "classifier":
@@ -85,11 +87,20 @@ def damaged(file):
                     "network than this code's")
 
 
+def find(file):
+    """The place of a checkpoint: weights/ is there from everywhere."""
+    if not Path(file).is_file() and (HERE / file).is_file():
+        return HERE / file
+    return Path(file)
+
+
+def are_finite(weights):
+    return all(value.isfinite().all() for value in weights.values())
+
+
 def read(file):
     """The dict in a checkpoint file, on the CPU. Raises BadInput."""
-    place = Path(file)
-    if not place.is_file() and (HERE / place).is_file():
-        place = HERE / place                    # weights/ is there from everywhere
+    place = find(file)
     if not place.is_file():
         reason = "not a file" if place.exists() else "no such file"
         raise BadInput(f"{str(file)!r}: {reason}; train.py makes a checkpoint")
@@ -120,7 +131,8 @@ def rebuild(config, weights, file):
         net.eval()
         with torch.no_grad():
             finite = use_once(net, config).isfinite().all()
-        if not finite or not {"data", "real_diversity"} <= set(config):
+        known = "data" in config and isinstance(config["real_diversity"], float)
+        if not finite or not are_finite(weights) or not known:
             raise ValueError
     except Exception:                           # a damaged config may fail anywhere
         raise damaged(file) from None
@@ -144,6 +156,8 @@ def load_autoencoder(file, device="cpu"):
     if not isinstance(autoencoder, dict) or autoencoder.keys() != {"config", "weights"}:
         raise damaged(file)
     vae = rebuild(**autoencoder, file=file)
+    if not isinstance(vae, VAE):
+        raise damaged(file)
     return vae.to(device)
 
 

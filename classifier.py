@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cfg_min import NULL, add_axes, require_same_shape
+from cfg_min import NULL, add_axes, require_label_each, require_same_shape
 from command import say
 from mnist import accuracy
 from paths import one_per_sample
@@ -59,6 +59,7 @@ def classifier_loss(classifier, path, z, y):
 @torch.inference_mode(False)                    # in that mode torch.func.grad gave 0 until 2.11
 def classifier_gradient(classifier, x, t, y, null=NULL):
     """grad log p_t(y|x), like x; 0 where y is null. classifier(x, t) -> logits (B, classes)."""
+    require_label_each(y, x)
     t = one_per_sample(t, x)
     labelled = y != null
     index = torch.where(labelled, y, 0)[:, None]            # (B, 1)

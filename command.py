@@ -104,7 +104,7 @@ def try_place(path):
     path = Path(path)
     if path.exists() and not path.is_file():
         raise BadInput(f"--out {path}: this is not a plain file; choose another name")
-    probe = path.with_name(f".{path.name}.probe")
+    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
     write_whole(probe, b"")
     probe.unlink(missing_ok=True)
 
@@ -128,8 +128,8 @@ def processes():
 
 def say(text, end="\n"):
     """Print, in the first process only."""
-    rank, _ = processes()
-    if rank == 0:
+    alone = os.environ.get("WORLD_SIZE", "1") == "1"
+    if alone or os.environ.get("RANK", "0") == "0":
         print(text, end=end, flush=True)
 
 

@@ -12,7 +12,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cfg_min import NULL, drop_labels, require_same_shape, times, value_at
+from cfg_min import (NULL, drop_labels, require, require_label_each, require_same_shape, times,
+                     value_at)
 from paths import one_per_sample
 
 
@@ -23,6 +24,7 @@ def cfg_dsm_loss(net, path, z, y, eta=0.1, t=None, null=NULL):
     is beta_t times that of the score: this is L_DSM^CFG of Lecture 4, each t weighted by beta_t^2.
     DDPM lecture, "Training".
     """
+    require_label_each(y, z)
     y = drop_labels(y, eta, null)
     if t is None:
         t = torch.rand(len(z), device=z.device)
@@ -68,6 +70,7 @@ def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_
     to the mean (nothing for noise = 0). DDPM lecture, the first "Guided sampling", which prints
     sigma for sigma^2.
     """
+    require(0 <= noise <= 1, f"noise = {noise} is not in [0, 1]")
     for t, s in times(steps, t0):
         alpha, alpha_s = value_at(path.alpha, t), value_at(path.alpha, s)
         beta, beta_s = value_at(path.beta, t), value_at(path.beta, s)

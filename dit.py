@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from cfg_min import require
 from unet import TimeEmbedding, zero
 
 
@@ -82,6 +83,7 @@ class DiT(nn.Module):
 
     def __init__(self, size=32, in_channels=1, patch=4, width=128, depth=5, heads=2):
         super().__init__()
+        self.size = size
         self.patch = patch
         numbers = in_channels * patch**2        # of a patch
         self.embed = nn.Linear(numbers, width)
@@ -94,6 +96,7 @@ class DiT(nn.Module):
         self.modulation = zero(nn.Linear(width, 2 * width))
 
     def forward(self, x, t, y):
+        require(x.shape[2:] == (self.size, self.size), f"x of shape {tuple(x.shape)}")
         e = F.silu(self.time(t, x) + self.label(y))         # (B, D)
         h = self.embed(patchify(x, self.patch))             # (B, N, D)
         h = h + self.positions.to(h.dtype)

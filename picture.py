@@ -71,7 +71,7 @@ def panel(grid, title):
     image = grid.transpose(0, 2, 1, 3).reshape(32 * R, 32 * C)
     dots = text(title)                          # (10, W)
     width = max(32 * C, MARGIN + dots.shape[1])
-    out = np.zeros((LINE + 32 * R, width), np.uint8)
+    out = np.zeros((LINE + 32 * R, width), grid.dtype)      # png takes uint8 alone
     out[3:3 + dots.shape[0], MARGIN:MARGIN + dots.shape[1]] = dots
     out[LINE:, :32 * C] = image
     return np.pad(out, 4, constant_values=96)

@@ -35,7 +35,7 @@ def add_options(parser, out, steps=None, batch=None, lr=None):
         help=".npz, or a folder of IDX files: images of 28x28, labels of 0 to 9 (MNIST)")
     add("--init", metavar="FILE.pt", help="start from the weights of this checkpoint")
     add("--out", default=out, metavar="FILE.pt", help=f"({out or 'runs/<arch>.pt'})")
-    add("--resume", action="store_true", help="go on from --out")
+    add("--resume", action="store_true", help="go on from --out, if it is there")
     add("--save-every", type=many, default=500, metavar="N", help="save every N steps (500)")
     add("--device", help="as torch names it: cpu, cuda, mps (cuda where there is one, else cpu)")
 
@@ -50,7 +50,8 @@ def prepare_out(options, *inputs):
         raise BadInput(f"--out {options.out!r}: expected the name of a file that ends in .pt")
     try_place(out)
     if out.exists():
-        if any(file and Path(file).exists() and out.samefile(file) for file in inputs):
+        places = [checkpoint.find(file) for file in inputs if file]
+        if any(place.exists() and out.samefile(place) for place in places):
             raise BadInput(f"--out {out} is an input of this run: choose another --out")
         saved = checkpoint.read(out)
         if saved["step"] < saved["config"]["steps"] and not options.resume:
@@ -153,7 +154,7 @@ class Run:
         self.done = saved["step"]
         log = self.out.with_suffix(".csv")
         if log.exists():
-            lines = log.read_text().splitlines(keepends=True)
+            lines = log.read_text(errors="replace").splitlines(keepends=True)
             self.log = "".join(lines[:1 + self.done])
 
     def steps(self):
@@ -200,7 +201,7 @@ class Run:
 
     def check_weights(self):
         """Raise BadInput where the weights are not finite."""
-        if not all(value.isfinite().all() for value in self.net.state_dict().values()):
+        if not checkpoint.are_finite(self.net.state_dict()):
             raise BadInput(f"the weights are not finite after step {self.done}: lower --lr; "
                            f"{self.out} stays as it was")
 

@@ -71,7 +71,7 @@ def vae_loss(net, x, std=0.1):
     KL; the constant of log p is left out. Kingma & Welling 2014. Rombach et al. 2022 have a light
     KL as well, but a perceptual and an adversarial loss instead of the squared error.
     """
-    eps = torch.randn(len(x), 4, 8, 8, device=x.device)
+    eps = torch.randn(len(x), 4, 8, 8, dtype=x.dtype, device=x.device)
     recon, mean, log_var = net(x, eps)
     log_p = -(x - recon.float()).square().flatten(1).sum(1) / (2 * std**2)
     minus_elbo = (kl_to_normal(mean, log_var) - log_p).mean()

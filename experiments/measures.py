@@ -108,6 +108,8 @@ def frechet(a, b):
     b = b.double()
     cov_a = a.T.cov()
     cov_b = b.T.cov()
+    if not (cov_a.isfinite().all() and cov_b.isfinite().all()):
+        raise ValueError("features that are not finite, or of one sample alone")
     # the trace of a square root is the sum of the eigenvalues' roots; these are real and >= 0
     eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)
     means = (a.mean(0) - b.mean(0)).square().sum()
@@ -192,6 +194,8 @@ class Measures:
 
 def read_samples(file):
     """images (N, 1, 32, 32) uint8 and labels (N,) of an .npz of sample.py. Raises BadInput."""
+    if not Path(file).is_file():                # a pipe would be read without end
+        raise BadInput(f"{file}: not a file; wanted is an .npz of sample.py")
     try:
         with np.load(file, allow_pickle=False) as npz:
             images = npz["images"]

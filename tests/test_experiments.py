@@ -167,6 +167,9 @@ def test_frechet_is_the_distance_of_two_gaussians():
     variance = X.var(dim=0).sum().item()
     assert measures.frechet(X, other) == pytest.approx(means + (1 + 9 - 2 * 3) * variance)
     assert measures.frechet(X, X) == pytest.approx(0, abs=1e-9)
+    for bad in (X[:1], X * torch.nan):
+        with pytest.raises(ValueError):
+            measures.frechet(bad, X)
 
 
 def test_real_digits_are_as_good_as_digits_can_be(evaluate):

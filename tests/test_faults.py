@@ -34,11 +34,13 @@ def test_a_picture_destroys_nothing_that_is_no_picture(run, unet, capsys, line):
 
 def test_two_processes_write_one_file_each_whole(tmp_path):
     """Neither fails, and what a user has under such a name stays."""
-    mine = tmp_path / ".a.1.tmp"
-    mine.touch()
+    mine = tmp_path / ".a.1.tmp", tmp_path / ".a.probe"
+    for path in mine:
+        path.touch()
 
     def write_often(letter):
         for _ in range(100):
+            command.try_place(tmp_path / "a")
             command.write_whole(tmp_path / "a", letter * 10000)
 
     fork = get_context("fork")
@@ -49,7 +51,7 @@ def test_two_processes_write_one_file_each_whole(tmp_path):
         process.join()
     assert [process.exitcode for process in both] == [0, 0]
     assert set((tmp_path / "a").read_text()) in ({"x"}, {"y"})
-    assert sorted(path.name for path in tmp_path.iterdir()) == [".a.1.tmp", "a"]
+    assert sorted(tmp_path.iterdir()) == [*mine, tmp_path / "a"]
 
 
 def test_a_link_stays_a_link_and_its_file_is_written(tmp_path):
@@ -179,6 +181,27 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "99")
     with pytest.raises(command.BadInput, match="cuda:99"):
         checkpoint.pick_device(None)
+
+
+def test_commands_work_whatever_the_default_type_is(run, few):
+    """After a user's torch.set_default_dtype(torch.float64)."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert run("vae.py --steps 1 --batch 2 --out v.pt") == 0
+        assert run("classifier.py --steps 1 --batch 2") == 0
+        assert run("train.py --arch dit --latent v.pt --steps 1 --batch 2 --out a.pt") == 0
+        assert run(f"{TRAIN} --out b.pt") == 0
+        for line in ("--ckpt a.pt", "--ckpt b.pt --guidance classifier"):
+            assert run(f"{SAMPLE} {line}") == 0
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_sampling_minds_no_variables_of_torchrun(run, unet, monkeypatch):
+    """WORLD_SIZE alone, as a cluster's shell may have it; also when progress is shown."""
+    monkeypatch.setattr(command.Progress, "is_due", lambda self: True)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(f"{SAMPLE} --ckpt {unet}") == 0
 
 
 # ---------------------------------------------------------------- the terminal

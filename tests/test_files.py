@@ -80,6 +80,8 @@ def forge(unet, change):
     lambda s: s["config"].update(net=dict(width=3)),
     lambda s: s["config"].update(net=7),
     lambda s: s["config"].pop("data"),
+    lambda s: s["config"].update(real_diversity="x"),
+    lambda s: s["weights"]["net.label.weight"][7].fill_(float("nan")),
     lambda s: s.update(config=[1]),
     lambda s: s.update(step=torch.zeros(2)),
     lambda s: s.update(step=1.5),
@@ -217,6 +219,8 @@ def test_a_png_decodes_to_what_was_written():
 def test_a_picture_of_anything_but_bytes_is_refused():
     with pytest.raises(ValueError):
         picture.png(np.zeros((4, 4)))
+    with pytest.raises(ValueError):
+        picture.png(picture.panel(np.zeros((1, 1, 32, 32)), "w"))
 
 
 def test_a_panel_shows_its_images_in_rows_under_its_title():

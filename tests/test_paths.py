@@ -9,9 +9,10 @@ import torch
 from torch.func import jvp, vjp, vmap
 
 from cfg_min import cfg_cfm_loss, drop_labels, euler, euler_maruyama, guide, guided_field
-from classifier import NoisyClassifier, classifier_guided_field
+from classifier import NoisyClassifier, classifier_gradient, classifier_guided_field
 from conftest import ALL_PATHS, MANY, close, double, randomize, tiny
 from ddpm import EpsField, cfg_dsm_loss, ddim
+from dit import DiT
 from oracle import TWO
 from paths import DDPM, CondOT, DataField, GaussianPath
 from unet import UNet
@@ -148,6 +149,11 @@ REFUSED = {
     "guided t (1,)": lambda: guided_field(tiny, IMAGES, torch.rand(1), Y, 3.0),
     "guided w (B - 1,)": lambda: guided_field(tiny, IMAGES, 0.5, Y, torch.ones(3)),
     "guided net": lambda: guided_field(net_without_channels, IMAGES, 0.5, Y, 3.0),
+    "loss y (B - 1,)": lambda: cfg_cfm_loss(tiny, CondOT(), IMAGES, Y[1:]),
+    "DSM loss y (B - 1,)": lambda: cfg_dsm_loss(tiny, CondOT(), IMAGES, Y[1:]),
+    "gradient y (1,)": lambda: classifier_gradient(NoisyClassifier(), IMAGES, 0.5, Y[:1]),
+    "noise > 1": lambda: ddim(lambda x, t: x, IMAGES, 3, CondOT(), noise=2.0),
+    "image that is no square": lambda: DiT()(torch.zeros(4, 1, 16, 64), 0.5, Y),
     "net and loss": lambda: cfg_cfm_loss(net_without_channels, CondOT(), IMAGES, Y),
     "net and DSM loss": lambda: cfg_dsm_loss(net_without_channels, CondOT(), IMAGES, Y),
 }

@@ -213,6 +213,7 @@ def test_two_processes_share_the_batch(run, few):
 @pytest.mark.parametrize("out", [
     "''", ".", "/", "folder", "folder/", "file/a.pt", "text.pt", "note.pt", "pipe.pt", "/proc/a.pt",
     "data.pt --data link.pt", "net.pt --init hard.pt --predict z",
+    f"{ROOT}/weights/vae.pt --latent weights/vae.pt",
 ])
 def test_out_is_tried_before_training_and_destroys_nothing(run, few, unet, out, capsys,
                                                            monkeypatch):
