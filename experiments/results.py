@@ -6,6 +6,7 @@ weights:  the shipped networks
 steps:    against the calls of the network, for each sampler: the shipped U-Net
 predict:  what a network should predict, with t drawn in both ways
 guidance: what w does: the shipped U-Net, as a table and as figures/curves.svg
+cas:      what a classifier learns from real digits and from samples, by their number
 classify: the shipped U-Net as a classifier of real test digits
 """
 import statistics
@@ -27,6 +28,7 @@ from experiments.measures import Measures, draw, show, show_head
 from paths import CondOT
 
 HERE = Path(__file__).parent.parent
+UNET = "weights/unet.pt"
 BETTER = "--predict", "z", "--times", "logit-normal"
 RECIPES = {                                     # name: options of train.py
     "lecture": (),
@@ -91,7 +93,7 @@ def steps(measures, n):
     """The Frechet distance over the number of calls, for each sampler."""
     for name, (cost, options) in SAMPLERS.items():
         for calls in (8, 16, 25, 50):
-            row = measures(*draw("weights/unet.pt", 1, n, *options, "--steps", calls // cost))
+            row = measures(*draw(UNET, 1, n, *options, "--steps", calls // cost))
             if (name, calls) == ("Euler", 8):
                 show_head(measures, row, torch.arange(n) % 10)
             show(f"{name}, {calls} calls", row)
@@ -116,7 +118,7 @@ def guidance(measures, n, scales=(0, 0.5, 1, 1.5, 2, 3, 5, 8)):
     ideal["CAS"] = measures.cas(real_for_training(measures, y), y)
     rows = []
     for w in scales:
-        images, labels = draw("weights/unet.pt", w, n)
+        images, labels = draw(UNET, w, n)
         row = measures(images, labels)
         row["CAS"] = measures.cas(images, labels)
         rows.append(row)
@@ -136,10 +138,24 @@ def guidance(measures, n, scales=(0, 0.5, 1, 1.5, 2, 3, 5, 8)):
     print("wrote figures/curves.svg")
 
 
+def cas(measures, n, sizes=(2000, 5000, 10000)):
+    """The classification accuracy score of real digits and of samples: median of three trainings.
+
+    n is not used.
+    """
+    y = torch.arange(max(sizes)) % 10
+    for w in (None, 1, 3):
+        images = real_for_training(measures, y) if w is None else draw(UNET, w, len(y))[0]
+        for size in sizes:
+            scores = [measures.cas(images[:size], y[:size], seed) for seed in SEEDS]
+            name = "real digits" if w is None else f"samples, w = {w}"
+            print(f"{size:6d} {name:16s} {statistics.median(scores):.1f} %", flush=True)
+
+
 @torch.no_grad()
 def classify(measures, n, draws=(1, 4, 10, 20), low=0.05, high=0.95):
     """% of real test digits to which the U-Net gives their label, by three weights of t."""
-    net, _ = checkpoint.load("weights/unet.pt")
+    net, _ = checkpoint.load(UNET)
     path = CondOT()
     z = mnist.to_unit(measures.x_test[:n])
     weights = {"t / (1 - t)": partial(likelihood_weight, path),
@@ -168,7 +184,7 @@ def real_for_training(measures, labels):
 
 
 PARTS = {"recipes": recipes, "weights": weights, "steps": steps, "predict": predict,
-         "guidance": guidance, "classify": classify}
+         "guidance": guidance, "cas": cas, "classify": classify}
 
 
 def main(argv=None):
