@@ -141,6 +141,7 @@ REFUSED = {
     "u_to_data": lambda: CondOT().u_to_data(FLAT, IMAGES, 0.5),
     "score_to_u": lambda: CondOT().score_to_u(FLAT, IMAGES, 0.5),
     "t (B, 1)": lambda: CondOT().sample(IMAGES, IMAGES, torch.rand(4, 1)),
+    "t (1,)": lambda: CondOT().sample(IMAGES, IMAGES, torch.rand(1)),
     "guide": lambda: guide(IMAGES, FLAT, 3.0),
     "y (B, 1)": lambda: drop_labels(Y[:, None], 0.1),
     "eta > 1": lambda: drop_labels(Y, 1.5),

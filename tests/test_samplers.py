@@ -87,18 +87,6 @@ def test_twice_the_steps_divide_the_error_by_2_to_the_order(sampler, order, name
     assert 0.8 * 2**order < coarse.norm() / fine.norm() < 1.25 * 2**order
 
 
-def test_heun_asks_at_both_ends_of_each_step_but_the_last(x):
-    """2 steps - 1 calls: the last step is Euler's, as u may be infinite at t = 1."""
-    called = []
-
-    def field(x, t):
-        called.append(t)
-        return x
-
-    heun(field, x, 3)
-    close(called, [0, 1 / 3, 1 / 3, 2 / 3, 2 / 3])
-
-
 def test_ddim_on_condot_is_euler():
     """x + h u = s z + (1 - s) eps, for z = x + (1 - t) u and eps = x - t u."""
     noise = torch.randn(50, 1).double()
