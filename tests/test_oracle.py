@@ -3,7 +3,7 @@ from functools import partial
 
 import pytest
 import torch
-from torch.distributions import Normal
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 import oracle
 from cfg_min import NULL, euler_maruyama, guided_field
@@ -15,6 +15,19 @@ LABELS = pytest.mark.parametrize("y", [NULL, 0, 2])
 
 
 # ---------------------------------------------------------------- exact fields
+
+@ALL_PATHS
+@LABELS
+def test_p_t_is_the_mixture_of_its_components(path, y, x):
+    """p_t(x|y) = sum_k weight_k N(x; alpha mu_k, alpha^2 std_k^2 + beta^2), for k of class y."""
+    inside = (MIX.label == y) | torch.tensor(y == NULL)
+    alpha = path.alpha(double(0.6))
+    beta = path.beta(double(0.6))
+    std = (alpha**2 * MIX.std**2 + beta**2).sqrt()[inside]
+    parts = Independent(Normal(alpha * MIX.mu[inside], std[:, None]), 1)
+    p = MixtureSameFamily(Categorical(MIX.weight[inside]), parts)
+    close(MIX.log_p(path, x, 0.6, labels(y, x)), p.log_prob(x))
+
 
 @LABELS
 def test_draws_follow_the_mixture(y):
