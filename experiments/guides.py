@@ -9,7 +9,7 @@ translation stands beside its formula.
 
 Autoguidance needs a weaker network, of a training that is stopped early:
 
-    python train.py --arch unet --predict z --times logit-normal --steps 150 --out runs/weak.pt
+    python train.py --arch unet --predict z --times logit-normal --steps 750 --out runs/weak.pt
     python -m experiments.guides --weak runs/weak.pt
 
 Shapes: cond, uncond, x and u are (B, ...), all alike.
