@@ -83,12 +83,12 @@ def save(file, saved):
 
 
 def damaged(file):
-    return BadInput(f"{file}: not a checkpoint of this project, or a damaged one, or of another "
-                    "network than this code's")
+    return BadInput(f"{file}: it is not a checkpoint of this project, or is damaged, or its "
+                    "network is not this code's")
 
 
 def find(file):
-    """The place of a checkpoint: weights/ is there from everywhere."""
+    """The place of a checkpoint; weights/ is found from anywhere."""
     if not Path(file).is_file() and (HERE / file).is_file():
         return HERE / file
     return Path(file)
@@ -106,7 +106,7 @@ def read(file):
         raise BadInput(f"{str(file)!r}: {reason}; train.py makes a checkpoint")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")     # torch's words on pickles that it then refuses
+            warnings.simplefilter("ignore")     # torch warns of pickles, then refuses them
             saved = torch.load(place, map_location="cpu", weights_only=True)
         if saved.pop("checksum") != checksum_of(saved):
             raise ValueError
@@ -170,10 +170,10 @@ def pick_device(name):
         name = f"cuda:{local_rank}" if torch.cuda.is_available() else "cpu"
     try:
         empty = torch.empty(0, device=name)
-        empty.cpu()                             # not so from meta, which has no values
+        empty.cpu()                             # fails on meta, which has no values
         return empty.device
     except Exception:                           # each device has its own way to be missing
-        raise BadInput(f"--device {name}: not to be had here; try --device cpu") from None
+        raise BadInput(f"--device {name}: not available here; try --device cpu") from None
 
 
 def autocast(device):

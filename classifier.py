@@ -85,7 +85,7 @@ def classifier_guided_field(net, classifier, path, x, t, y, w, null=NULL):
 def measure_label_errors(net, path, z, t, eps, labels=10):
     """|| u_t(x|y) - u_t(x|z) ||^2 for each label y at x = alpha z + beta eps: (B, labels).
 
-    The generator as a classifier: the label whose field fits z best is the one that it gives z
+    The generator is a classifier: it gives z the label whose field fits z best
     (Li et al. 2023, arXiv 2303.16203). t: (B,). One t and eps serve all labels.
     """
     x = path.sample(z, eps, t)
@@ -100,9 +100,9 @@ def measure_label_errors(net, path, z, t, eps, labels=10):
 def likelihood_weight(path, t):
     """alpha / (beta D), t / (1 - t) on CondOT: with it errors differ as log-likelihoods do.
 
-    The mean over t ~ U[0, 1) and eps of weight times error is -log p(z|y) plus what all labels
-    share: half the slope of the signal-to-noise ratio alpha^2 / beta^2 weights an error of z
-    (Kingma et al. 2021, arXiv 2107.00630), and an error of z is beta / D times that of u.
+    The mean of weight times error over t ~ U[0, 1) and eps is -log p(z|y) plus a term without y:
+    an error of z is weighted by half the slope of the signal-to-noise ratio alpha^2 / beta^2
+    (Kingma et al. 2021, arXiv 2107.00630). An error of z is beta / D times that of u.
     """
     alpha, beta = path.alpha(t), path.beta(t)
     return alpha / (beta * (path.d_alpha(t) * beta - alpha * path.d_beta(t)))

@@ -17,9 +17,9 @@ class BadInput(ValueError):
 
 
 def run(main):
-    """main()'s exit status. Bad input, a full disk or memory is one line and 2; Ctrl-C is 130.
+    """main()'s exit status; 2, and one line, for bad input, a full disk or memory; 130 for Ctrl-C.
 
-    1, without a word, where the reader of stdout went away before all was said.
+    It is 1, without a line, where stdout's reader goes away too early.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")   # names that a terminal cannot show
@@ -63,7 +63,7 @@ def is_out_of_memory(error):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose errors are one line, without the usage; the epilog stays as it is."""
+    """argparse's parser. Its errors are one line, no usage. The epilog stays as it is."""
 
     def __init__(self, **options):
         super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)

@@ -64,7 +64,7 @@ def labels(y, x):
 
 
 def close(a, b, tol=1e-8):
-    """Fail where a and b differ by more than tol, or tol times b."""
+    """Fail where a and b differ by more than tol + tol |b|."""
     torch.testing.assert_close(double(a), double(b), rtol=tol, atol=tol)
 
 
@@ -95,9 +95,9 @@ def ks_distance(samples, cdf):
 
 
 def moments_of(sampler, draws):
-    """Mean and standard deviation of what sampler(x, randn) makes of Gaussian noise; no chance.
+    """Exact mean and standard deviation of what sampler(x, randn) makes of Gaussian noise.
 
-    For a sampler that is affine in x and in all that randn gives, on a line. Row i of the batch has
+    The sampler must be affine in x and in all that randn gives, on a line. Row i of the batch has
     a unit of draw i, and of no other; the last row has none. draws: x and the calls of randn.
     """
     units = iter(torch.eye(draws + 1).double())
@@ -122,12 +122,12 @@ class Recorder:
 
 
 def tiny(x, t, y):
-    """A network for images (B, C, H, W), of one line."""
+    """A one-line network for images (B, C, H, W)."""
     return 0.3 * x + 0.2 * t.view(-1, 1, 1, 1) + y.view(-1, 1, 1, 1).double().sin()
 
 
 def call_loss(loss, net, path, **options):
-    """The loss on 4000 images; of each z and y; and the x, t (and labels) that net gets."""
+    """The loss on 4000 images; their z and y; and the x, t (and labels) that net gets."""
     z = torch.randn(4000, 1, 2, 2).double()
     y = torch.arange(4000) % 10
     net = Recorder(net)

@@ -39,7 +39,7 @@ class EpsField(nn.Module):
     """A network that predicts eps, as a vector field: eps gives z, and z, clamped, gives u.
 
     net(x, t, y) -> eps. Where alpha is small, a small error of eps is a large one of z, so z is
-    clamped to [-bound, bound]; Ho et al. 2020. The formulas take t within [first_t, last_t], net
+    clamped to [-bound, bound]; Ho et al. 2020. The formulas clamp t to [first_t, last_t]; net
     gets the true t.
     """
 
@@ -62,7 +62,7 @@ def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_
     """X_s = mean + sigma xi, mean = alpha_s z + sqrt(beta_s^2 - sigma^2) eps, xi ~ N(0, I).
 
     z and eps are those that the field implies at (x, t). noise in [0, 1] scales sigma:
-    0 is DDIM, without new noise, on CondOT exactly Euler;
+    0 is DDIM: no new noise, and on CondOT exactly Euler;
     1 is DDPM's ancestral sampler, whose sigma^2 is beta~, the variance of q(x_s|x_t, z).
     Song, Meng & Ermon 2021, arXiv 2010.02502, whose eta is noise.
 

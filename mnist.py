@@ -110,7 +110,7 @@ def to_bytes(x):
 def draw_batch(images, labels, n):
     """n data points z and their labels y: (z, y) ~ p_data.
 
-    images: uint8 pixels, given as z in [-1, 1]; or latents, given as they are.
+    images: uint8 pixels, which become z in [-1, 1]; or latents, which are z.
     """
     i = torch.randint(len(images), (n,), device=images.device)
     z = images[i]
@@ -130,7 +130,7 @@ def accuracy(classifier, images, labels):
 
 
 def diversity(images, labels):
-    """Mean distance of two images of a class, averaged over classes; of each, its first 1000.
+    """Mean distance of two images of a class (of its first 1000), averaged over classes.
 
     nan where no class has two images.
     """

@@ -64,7 +64,7 @@ class Mixture:
         return self.log_joint(offset, var, y).logsumexp(dim=0)
 
     def p(self, offset, var, y):
-        """p_t(k|x, y), (K, B, 1): the weights of all means over the components; log_p is of x."""
+        """p_t(k|x, y), (K, B, 1): the weights of means over components. log_p is not its log."""
         return self.log_joint(offset, var, y).softmax(dim=0)[:, :, None]
 
     def score(self, path, x, t, y):
@@ -139,7 +139,7 @@ def tilted_moments(mixture, y, w):
 
 
 def resample(x, log_weight):
-    """n of the n samples x, drawn with probabilities in proportion to their weights (n,).
+    """n draws, with repetition, of the n samples x, in proportion to their weights (n,).
 
     One uniform number serves all, which adds the least noise (systematic resampling).
     """
@@ -183,7 +183,7 @@ def repaired_sde(net, x, y, w, steps, path=PATH):
 
 
 def guided_samples(mixture, label, w, n, steps, dimensions):
-    """Samples (n, D) of one label by four ways to guide, by name."""
+    """{name: samples (n, D)} of one label, by four ways to guide."""
     net = partial(mixture.u, PATH)              # the perfect network, net(x, t, y) -> u
     y = torch.full((n,), label)
     conditional = partial(net, y=y)             # u_t(x|y)

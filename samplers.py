@@ -10,7 +10,7 @@ from cfg_min import require, require_same_shape, times, value_at
 
 
 def heun(field, x, steps, t0=0.0):
-    """Order 2: Euler's step, redone with the mean of u at both its ends; 2 steps - 1 calls.
+    """Euler's step, redone with the mean of u at both ends: order 2, 2 * steps - 1 calls.
 
     The last step stays Euler's, as u may be infinite at t = 1; Karras et al. 2022, Algorithm 1.
     """
@@ -25,7 +25,7 @@ def heun(field, x, steps, t0=0.0):
 
 
 def langevin(field, x, t, path, steps, randn=torch.randn_like):
-    """x <- x + h score + sqrt(2 h) xi, several times, while t stands still.
+    """x <- x + h score + sqrt(2 h) xi, repeated steps times, at a fixed t.
 
     x comes to follow the distribution that has this score. h = beta_t^2 / 10, so that h score =
     (alpha_t E[z|x] - x) / 10: no step is large, though near t = 1 the score itself is.
@@ -43,8 +43,8 @@ def predictor_corrector(field, x, steps, path, corrector, corrections=1, t0=0.0,
 
     Both are fields (x, t) -> u. For guidance, field is u_t(x|y) and corrector the guided field. At
     each t the guided field has the score of the tilted distribution p_t(x|y)^w p_t(x)^(1-w), but
-    its flow does not carry the one of t into that of s (oracle.py shows it). Langevin steps at s
-    lead there: the nearer, the more corrections and steps.
+    its flow does not carry that of t into that of s (oracle.py shows it). Langevin steps at s
+    lead there; more corrections and steps lead nearer.
     Bradley & Nakkiran 2024, arXiv 2408.09000; Song et al. 2021, arXiv 2011.13456.
     """
     require(corrections >= 0, f"corrections = {corrections} is negative")

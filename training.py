@@ -26,7 +26,7 @@ def add_options(parser, out, steps=None, batch=None, lr=None):
     """The options of every training command."""
     add = parser.add_argument
     many = number(int, 1, 1e9)
-    add("--steps", type=many, default=steps, help=f"of training ({steps or 'see below'})")
+    add("--steps", type=many, default=steps, help=f"how many ({steps or 'see below'})")
     add("--batch", type=many, default=batch, help=f"images a step ({batch or 'see below'})")
     add("--lr", type=number(float, 1e-9, 1e3), default=lr,
         help=f"peak learning rate ({lr or 'see below'})")
@@ -41,7 +41,7 @@ def add_options(parser, out, steps=None, batch=None, lr=None):
 
 
 def prepare_out(options, *inputs):
-    """Raise BadInput where --out cannot be written, or what is there is not to be replaced."""
+    """Raise BadInput where --out cannot be written, or must not replace what is there."""
     out = Path(options.out)
     _, world = processes()
     if options.batch % world:
@@ -64,7 +64,7 @@ def prepare_out(options, *inputs):
 
 
 def describe(options, arch, data, **more):
-    """config: all that a run depends on, and so must not change when it is resumed.
+    """config: all that a run depends on. It must not change when a run is resumed.
 
     data: what mnist.load returns.
     """
@@ -99,7 +99,7 @@ def share_gradients(net):
 
 
 class Run:
-    """A run of training: new, from the weights of --init, or from where --out stands (--resume).
+    """A run of training, from new weights, --init's weights, or where --out stands (--resume).
 
     Its random numbers depend on (seed, step, process) alone, so on a CPU a resumed run equals one
     that was not interrupted, to the bit. After every --save-every steps it writes the checkpoint
@@ -137,7 +137,7 @@ class Run:
 
     def restore(self):
         saved = checkpoint.read(self.out)
-        # not real_diversity: data stands for it, and its last bits vary with the threads
+        # not real_diversity: data decides it, but its last bits vary with the threads
         changed = [key for key in self.config if key != "real_diversity"
                    and saved["config"].get(key) != self.config[key]]
         if changed:

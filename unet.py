@@ -98,7 +98,7 @@ class Decoder(nn.Module):
 class UNet(nn.Module):
     """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0..9 or NULL = 10.
 
-    H and W are multiples of 8 by default; shapes below are of H = W = 32. layers: of each stage.
+    H and W are multiples of 8 by default; shapes below are of H = W = 32. layers are per stage.
     One departure from the lab: the first convolution has stride 2, and the last writes 2 x 2 pixels
     for each place. That is three times as fast (docs/results.md). stride = 1 is the lab's.
     """

@@ -53,7 +53,7 @@ class VAE(nn.Module):
         return self.decoder(latent / self.scale)
 
     def forward(self, x, eps):
-        """Reconstruction from a draw mean + std eps of q(latent|x); the mean; the log variance."""
+        """The decoding of mean + std eps, a draw of q(latent|x); the mean; the log variance."""
         mean, log_var = self.encoder(x).float().chunk(2, dim=1)
         std = (log_var / 2).exp()
         return self.decoder(mean + std * eps), mean, log_var

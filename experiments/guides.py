@@ -1,9 +1,9 @@
 """Guidance rules of the literature, in one table: `python -m experiments.guides`.
 
 A rule makes one vector field of two. All are used alike, rule(cond, uncond, x, t, w) -> u:
-cond is u_t(x|y), uncond is u_t(x|null), t one number, 0 noise, 1 data, and w the scale, in our
-count: w = 1 is no guidance (but for CFG++, whose w is a mean, and CFG-Zero*, which is 0 at first),
-w > 1 guidance. The path is CondOT, x = t z + (1 - t) eps, so that
+cond is u_t(x|y), uncond is u_t(x|null), t is one number (0 noise, 1 data), and w is the scale, in
+our count. w > 1 guides. w = 1 does not, but for CFG++, whose w is a mean, and CFG-Zero*, which is 0
+at first. The path is CondOT, x = t z + (1 - t) eps, so that
 u = z - eps, z = x + (1 - t) u, eps = x - t u. Where a paper differs in time, scale or space, the
 translation stands beside its formula.
 
@@ -54,8 +54,8 @@ def cfg(cond, uncond, x, t, w):
 def interval(cond, uncond, x, t, w, low=0.26, high=0.78):
     """w for t in [low, high], 1 outside; Kynkaanniemi et al. 2024, arXiv 2404.07724, section 3.1.
 
-    Their interval is one of noise levels beta / alpha = (1 - t) / t. (0.28, 2.9], of the best
-    FID for EDM2-S on ImageNet at 512 pixels, is t in [0.256, 0.781), here in two decimals.
+    Theirs is one of noise levels beta / alpha = (1 - t) / t. The best by FID, (0.28, 2.9] for
+    EDM2-S on ImageNet at 512 pixels, is t in [0.256, 0.781), here in two decimals.
     """
     scale = w if low <= t <= high else 1.0
     return guide(cond, uncond, scale)
@@ -109,9 +109,9 @@ def apg(cond, uncond, x, t, w, eta=0.0, radius=2.5):
 
     Sadat et al. 2024, arXiv 2410.02416, Algorithm 1. z is E[z|x, y], d its difference to E[z|x],
     cut to a length of at most radius and then split along z. Their radius is 2.5 to 15, in other
-    spaces; the d of digits is about 7 long at t = 0, and mostly under 2.5 after t = 0.35. Left out,
-    as a field has no memory, is their reverse momentum: from d they take half or three quarters of
-    a running sum of the steps before.
+    spaces; the d of digits is about 7 long at t = 0, and mostly under 2.5 after t = 0.35. Their
+    reverse momentum is left out, as a field has no memory: they subtract from d half or three
+    quarters of a running sum of past steps.
     """
     z = PATH.u_to_data(cond, x, t)
     d = z - PATH.u_to_data(uncond, x, t)

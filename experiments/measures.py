@@ -7,11 +7,11 @@ Frechet         distance of samples and real test digits in the evaluator's last
 diversity       mean distance of two samples of a class, over that of real digits
 C2ST            % of cases in which a small network, trained on half of the samples and as many real
                 digits, tells which is which in the other half: 50 is best (Lopez-Paz & Oquab 2017)
-CAS             % of real test digits that a classifier gets right that was trained on the samples
-                alone (classification accuracy score, Ravuri & Vinyals 2019)
+CAS             % of real test digits that a classifier, trained on the samples alone, gets right
+                (classification accuracy score, Ravuri & Vinyals 2019)
 
-The row "real" is of real test digits, as many of each label; the distance is always to the other
-test digits. They are shuffled first, as the first half of MNIST's test digits is easier.
+The row of real digits is of test digits, as many of each label. The distance is always to other
+test digits. All are shuffled first, as the first half of MNIST's test digits is easier.
 """
 import sys
 from pathlib import Path
@@ -54,7 +54,7 @@ def make_classifier(classes, c=16):
 def fit(net, images, labels, steps, batch=100, noise=0.0):
     """Train a classifier on (N, 1, 32, 32) uint8: AdamW, a rate that rises to 4e-3 and falls to 0.
 
-    noise: the largest standard deviation of what is added to the images, each drawn its own.
+    noise: the largest standard deviation of an image's noise; each image draws its own.
     """
     net.train()
     optimizer = torch.optim.AdamW(net.parameters())
@@ -145,7 +145,7 @@ class Measures:
         self.diversity = mnist.diversity(self.x_test, self.y_test)
 
     def split(self, labels):
-        """Places of real test digits of these labels, in their order; of the others, as many of
+        """Places of test digits of these labels, in their order; places of others, as many of
         each label. Raises BadInput."""
         places = torch.empty_like(labels)
         rest = []

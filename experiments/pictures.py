@@ -98,7 +98,7 @@ def moving(steps=24):
 # ---------------------------------------------------------------- the oracle
 
 def line(scales=(1, 3, 8), steps=50, n=15):
-    """Where the guided ODE carries the quantiles of the noise; dots: those of the tilted one."""
+    """Paths of the noise's quantiles in the guided ODE; dots: the tilted distribution's."""
     share = (torch.arange(n) + 0.5) / n
     points = torch.linspace(-4, 8, 4001)[:, None]
     y = torch.ones(n, dtype=torch.int64)

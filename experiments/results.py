@@ -3,7 +3,7 @@
 recipes:  the lecture's recipe and the better one after about five minutes, the better one after one
           minute as well: three seeds each. The networks stay in runs/
 weights:  the shipped networks
-steps:    against the calls of the network, for each sampler: the shipped U-Net
+steps:    the shipped U-Net with each sampler, over the calls of the network
 predict:  what a network should predict, with t drawn in both ways
 guidance: what w does: the shipped U-Net, as a table and as figures/curves.svg
 cas:      what a classifier learns from real digits and from samples, by their number
@@ -154,7 +154,7 @@ def cas(measures, n, sizes=(2000, 5000, 10000)):
 
 @torch.no_grad()
 def classify(measures, n, draws=(1, 4, 10, 20), low=0.05, high=0.95):
-    """% of real test digits to which the U-Net gives their label, by three weights of t."""
+    """% of real test digits that the U-Net labels correctly, for three weights of t."""
     net, _ = checkpoint.load(UNET)
     path = CondOT()
     z = mnist.to_unit(measures.x_test[:n])

@@ -2,7 +2,7 @@
 
 Of training: the whole step over forward and backward alone. Of sampling: the whole over the
 network's own evaluations. And what the stride of the U-Net's first convolution buys. All ratios are
-of times measured in the same run, in turn, medians of several.
+of median times, measured in turn in the same run.
 """
 import statistics
 import sys
