@@ -12,7 +12,8 @@ import mnist
 import picture
 import sample
 import train
-from cfg_min import NULL, euler, euler_maruyama, guided_field
+import vae
+from cfg_min import NULL, cfg_cfm_loss, euler, euler_maruyama, guided_field
 from classifier import classifier_gradient, classifier_guided_field
 from conftest import error_line, randomize, run_line
 from ddpm import ddim
@@ -233,3 +234,23 @@ def test_the_shipped_networks_draw_their_labels(run, file, w, low):
         images = torch.from_numpy(npz["images"])[:, None]
         labels = torch.from_numpy(npz["labels"])
     assert mnist.accuracy(noisy, images, labels) >= low
+
+
+@torch.no_grad()
+def test_the_shipped_networks_fit_test_digits_as_well_as_when_they_were_trained():
+    """A changed line of a network's forward pass shows in its loss, accuracy or error."""
+    _, _, images, y = mnist.load()
+    images, y = images[:200], y[:200]
+    z = mnist.to_unit(images)
+    autoencoder, _ = checkpoint.load("weights/vae.pt")
+    latents = autoencoder.encode(z)
+    t = torch.linspace(0.05, 0.9, 200)
+    for name, data, bound in (("unet", z, 0.13), ("dit", z, 0.14), ("latent_dit", latents, 0.83)):
+        net, _ = checkpoint.load(f"weights/{name}.pt")
+        loss = cfg_cfm_loss(net, PATH, data, y, 0.0, t)
+        assert loss < bound
+    noisy, _ = checkpoint.load("weights/classifier.pt")
+    assert mnist.accuracy(noisy, images, y) > 0.97
+    error, std = vae.measure(autoencoder, images)
+    assert error < 0.004
+    assert abs(std - 1) < 0.1
