@@ -129,7 +129,7 @@ class GaussianPath:
 
 
 class CondOT(GaussianPath):
-    """The straight line x = t z + (1 - t) eps, so u = z - eps; Lipman et al. 2023, section 4.1."""
+    """The straight line x = t z + (1 - t) eps, so u = z - eps; Lipman et al. 2023."""
 
     def alpha(self, t): return t
     def beta(self, t): return 1 - t

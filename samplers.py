@@ -12,7 +12,7 @@ from cfg_min import require, require_same_shape, times, value_at
 def heun(field, x, steps, t0=0.0):
     """Euler's step, redone with the mean of u at both ends: order 2, 2 * steps - 1 calls.
 
-    The last step stays Euler's, as u may be infinite at t = 1; Karras et al. 2022, Algorithm 1.
+    The last step stays Euler's, as u may be infinite at t = 1; Karras et al. 2022.
     """
     for t, s in times(steps, t0):
         u = field(x, t)

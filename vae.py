@@ -60,7 +60,7 @@ class VAE(nn.Module):
 
 
 def kl_to_normal(mean, log_var):
-    """KL( N(mean, var) || N(0, I) ), (B, ...) -> (B,); Kingma & Welling 2014, appendix B."""
+    """KL( N(mean, var) || N(0, I) ), (B, ...) -> (B,); Kingma & Welling 2014."""
     return (mean**2 + log_var.exp() - 1 - log_var).flatten(1).sum(1) / 2
 
 

@@ -52,7 +52,7 @@ def cfg(cond, uncond, x, t, w):
 
 
 def interval(cond, uncond, x, t, w, low=0.26, high=0.78):
-    """w for t in [low, high], 1 outside; Kynkaanniemi et al. 2024, arXiv 2404.07724, section 3.1.
+    """w for t in [low, high], 1 outside; Kynkaanniemi et al. 2024, arXiv 2404.07724.
 
     Theirs is one of noise levels beta / alpha = (1 - t) / t. The best by FID, (0.28, 2.9] for
     EDM2-S on ImageNet at 512 pixels, is t in [0.256, 0.781), here in two decimals.
@@ -96,7 +96,7 @@ def lam_of(w, h):
 def rescale(cond, uncond, x, t, w, phi=0.7):
     """phi u std(cond) / std(u) + (1 - phi) u, u guided: phi = 1 has the spread of cond's pixels.
 
-    Lin et al. 2023, arXiv 2305.08891, eq. 13 to 16, on what their network predicts,
+    Lin et al. 2023, arXiv 2305.08891, on what their network predicts,
     v = alpha eps - beta z: -v is a velocity on their path, as u is on CondOT.
     """
     u = guide(cond, uncond, w)
@@ -107,7 +107,7 @@ def rescale(cond, uncond, x, t, w, phi=0.7):
 def apg(cond, uncond, x, t, w, eta=0.0, radius=2.5):
     """z + (w - 1) (d_orthogonal + eta d_parallel), as u; t < 1.
 
-    Sadat et al. 2024, arXiv 2410.02416, Algorithm 1. z is E[z|x, y], d its difference to E[z|x],
+    Sadat et al. 2024, arXiv 2410.02416. z is E[z|x, y], d its difference to E[z|x],
     cut to a length of at most radius and then split along z. Their radius is 2.5 to 15, in other
     spaces; the d of digits is about 7 long at t = 0, and mostly under 2.5 after t = 0.35. Their
     reverse momentum is left out, as a field has no memory: they subtract from d half or three
