@@ -81,4 +81,5 @@ def test_weighted_errors_of_the_field_give_bayes_rule(path, z):
     errors = measure_label_errors(partial(TWO.u, path), path, data, t, eps[:, None], labels=2)
     minus_log_p = (likelihood_weight(path, t)[:, None] * errors).mean(dim=0)
     log_p = Normal(double([-1.0, 1.0]), 0.5).log_prob(double(z))
+    assert measure_label_errors(partial(TWO.u, path), path, data, t, eps[:, None]).shape[1] == 10
     close(minus_log_p[0] - minus_log_p[1], log_p[1] - log_p[0], 0.01)
