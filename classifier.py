@@ -56,7 +56,7 @@ def classifier_loss(classifier, path, z, y):
     return F.cross_entropy(classifier(x, t), y)
 
 
-@torch.inference_mode(False)                    # in that mode torch.func.grad gave 0 until 2.11
+@torch.inference_mode(False)                    # in it torch.func.grad gives 0, up to torch 2.11
 def classifier_gradient(classifier, x, t, y, null=NULL):
     """grad log p_t(y|x), like x; 0 where y is null. classifier(x, t) -> logits (B, classes)."""
     require_label_each(y, x)

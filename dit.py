@@ -96,7 +96,8 @@ class DiT(nn.Module):
         self.modulation = zero(nn.Linear(width, 2 * width))
 
     def forward(self, x, t, y):
-        require(x.shape[2:] == (self.size, self.size), f"x of shape {tuple(x.shape)}: another size")
+        require(x.shape[2:] == (self.size, self.size),
+                f"x of shape {tuple(x.shape)}: expected {self.size} x {self.size} places")
         e = F.silu(self.time(t, x) + self.label(y))         # (B, D)
         h = self.embed(patchify(x, self.patch))             # (B, N, D)
         h = h + self.positions.to(h.dtype)

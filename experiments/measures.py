@@ -106,10 +106,10 @@ def frechet(a, b):
     """
     a = a.double()
     b = b.double()
+    if min(len(a), len(b)) < 2 or not torch.cat([a, b]).isfinite().all():
+        raise ValueError("features that are not finite, or of one sample alone")
     cov_a = a.T.cov()
     cov_b = b.T.cov()
-    if not (cov_a.isfinite().all() and cov_b.isfinite().all()):
-        raise ValueError("features that are not finite, or of one sample alone")
     # the trace of a square root is the sum of the eigenvalues' roots; these are real and >= 0
     eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)
     means = (a.mean(0) - b.mean(0)).square().sum()
@@ -177,12 +177,16 @@ class Measures:
             "diversity": mnist.diversity(images, labels) / self.diversity,
         }
 
+    def training_digits(self, labels):
+        """Real training digits of these labels (N,)."""
+        images = torch.empty(len(labels), 1, 32, 32, dtype=torch.uint8)
+        for label in labels.unique():
+            images[labels == label] = self.x[self.y == label][:(labels == label).sum()]
+        return images
+
     def c2st(self, images, labels):
         """C2ST accuracy against real training digits of the same labels."""
-        real = torch.empty_like(images)
-        for label in labels.unique():
-            real[labels == label] = self.x[self.y == label][:(labels == label).sum()]
-        return classify_two_samples(images, real)
+        return classify_two_samples(images, self.training_digits(labels))
 
     def cas(self, images, labels, seed=0):
         """Classification accuracy score: trained on the samples, tested on all test digits."""

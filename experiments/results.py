@@ -115,7 +115,7 @@ def guidance(measures, n, scales=(0, 0.5, 1, 1.5, 2, 3, 5, 8)):
     y = torch.arange(n) % 10
     real = measures.real_digits(y)
     ideal = measures(real, y)
-    ideal["CAS"] = measures.cas(real_for_training(measures, y), y)
+    ideal["CAS"] = measures.cas(measures.training_digits(y), y)
     rows = []
     for w in scales:
         images, labels = draw(UNET, w, n)
@@ -145,7 +145,7 @@ def cas(measures, n, sizes=(2000, 5000, 10000)):
     """
     y = torch.arange(max(sizes)) % 10
     for w in (None, 1, 3):
-        images = real_for_training(measures, y) if w is None else draw(UNET, w, len(y))[0]
+        images = measures.training_digits(y) if w is None else draw(UNET, w, len(y))[0]
         for size in sizes:
             scores = [measures.cas(images[:size], y[:size], seed) for seed in SEEDS]
             name = "real digits" if w is None else f"samples, w = {w}"
@@ -173,14 +173,6 @@ def classify(measures, n, draws=(1, 4, 10, 20), low=0.05, high=0.95):
             for name, total in sums.items():
                 right = (total.argmin(1) == measures.y_test[:n]).double().mean()
                 print(f"{k + 1:3d} draws, weight {name:20s} {100 * right:.1f} %", flush=True)
-
-
-def real_for_training(measures, labels):
-    """As many real training digits of these labels (N,)."""
-    images = torch.empty(len(labels), 1, 32, 32, dtype=torch.uint8)
-    for label in labels.unique():
-        images[labels == label] = measures.x[measures.y == label][:(labels == label).sum()]
-    return images
 
 
 PARTS = {"recipes": recipes, "weights": weights, "steps": steps, "predict": predict,

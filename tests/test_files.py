@@ -13,7 +13,6 @@ import checkpoint
 import command
 import mnist
 import picture
-from conftest import same, weights
 
 
 # ---------------------------------------------------------------- checkpoints
