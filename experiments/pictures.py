@@ -142,7 +142,7 @@ def loss(bin=50):
     means = values[:len(values) // bin * bin].reshape(-1, bin).mean(axis=1)
     steps = bin * (np.arange(len(means)) + 0.5)
     panel = plots.axes([plots.line(steps, means)], (0, len(values)), (0, 0.4),
-                         "shipped U-Net", "step", "loss")
+                       "shipped U-Net", "step", "loss")
     write("loss.svg", plots.svg([panel]).encode())
 
 
