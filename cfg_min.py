@@ -1,26 +1,33 @@
-"""Classifier-free guidance, whole: the loss, the guidance rule, the guided field, two samplers.
+"""Classifier-free guidance (CFG), whole: the loss, the guidance rule, the guided field, two samplers.
 
-Copy this file: it works alone. A path (paths.py, or yours) is an argument. Lecture 4 of MIT 6.S184;
-paths.py introduces x, z, eps, u and the score.
+The aim: images of class y, more clearly of class y than the data are. In four lines (Lecture 4):
 
-The aim: images of class y, more clearly of class y than the data are. One network u_t(x|y) learns
-to be conditional and unconditional at once. While it trains, y becomes NULL with probability eta,
-so u_t(x|NULL) is u_t(x). The guided field starts from u_t(x|NULL), goes to u_t(x|y), and beyond:
+    grad log p_t(x|y) = grad log p_t(x) + grad log p_t(y|x)                         Bayes' rule
+    u_t(x|y) = u_t(x) + b_t grad log p_t(y|x)               so the label adds this to the field
+    u_t(x) + w b_t grad log p_t(y|x)                        guidance adds w times as much
+    = (1 - w) u_t(x) + w u_t(x|y)                           by Bayes' rule again: no classifier
 
-    (1 - w) u_t(x|NULL) + w u_t(x|y)        w is the guidance scale: 0 unconditional,
-                                            1 conditional, > 1 guided.
+w is the guidance scale: 0 is unconditional, 1 conditional, and beyond 1 the label counts for more
+than the data say. One network gives both fields: while it trains, y becomes NULL with probability
+eta, so u_t(x|NULL) is u_t(x).
 
-Shapes: x, z, eps (B, ...); t (B,) or a number, 0 noise, 1 data; y (B,) int64;
-net(x, t, y) -> (B, ...), like x. Other shapes raise ValueError.
+Copy this file and paths.py, which introduces x, z, eps, u and the score. A path is an argument. The
+loss uses its `sample` and `target`, the SDE its `beta` and `u_to_eps`.
+
+Shapes: x, z, eps (B, ...); t (B,) or a number, 0 noise, 1 data; y (B,), int64 for classes;
+net(x, t, y) -> like x, where t is (B,). Other shapes and values raise ValueError or TypeError.
 """
 import math
 from itertools import pairwise
+from numbers import Real
 
 import torch
 import torch.nn.functional as F
 
 NULL = 10       # the label for "no label", after MNIST's 0 ... 9
 
+
+# ---------------------------------------------------------------- what is refused
 
 def require(condition, message):
     if not condition:
@@ -31,8 +38,19 @@ def require_same_shape(a, b):
     require(a.shape == b.shape, f"shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
 
 
-def require_label_each(y, x):
+def require_label_each(y, x, null=NULL):
+    """y is a tensor (len(x),), and null a label of its kind."""
+    if not isinstance(y, torch.Tensor):
+        raise TypeError(f"labels are a tensor ({len(x)},), not {type(y).__name__}")
     require(y.shape == x.shape[:1], f"labels of shape {tuple(y.shape)}: expected ({len(x)},)")
+    require(y.is_floating_point() or null == int(null), f"null = {null}, but labels are integers")
+
+
+def apply(net, x, t, y):
+    """net(x, t, y), which must be like x."""
+    out = net(x, t, y)
+    require_same_shape(out, x)
+    return out
 
 
 # ---------------------------------------------------------------- training
@@ -40,12 +58,21 @@ def require_label_each(y, x):
 def drop_labels(y, eta, null=NULL):
     """y <- null with probability eta, independently for each sample, as a new tensor.
 
-    y: (B,). Lecture 4, "Classifier-Free Guidance Training".
+    y: (B,), no label above null. Lecture 4, "Classifier-Free Guidance Training".
     """
-    require(y.ndim == 1, f"labels of shape {tuple(y.shape)}: expected (B,)")
+    require_label_each(y, y, null)
     require(0 <= eta <= 1, f"eta = {eta} is not in [0, 1]")
+    require((y <= null).all(), f"a label is above null = {null}: for K classes pass null=K")
     dropped = torch.rand(len(y), device=y.device) < eta
     return torch.where(dropped, null, y)
+
+
+def draw_times(z, t=None):
+    """t (B,), or where it is None the lecture's t ~ U[0, 1), one for each sample of z."""
+    if t is None:
+        return torch.rand(len(z), device=z.device)
+    require(((t > -1e-5) & (t < 1 + 1e-5)).all(), "a t of the loss is not in [0, 1]")
+    return t
 
 
 def cfg_cfm_loss(net, path, z, y, eta=0.1, t=None, null=NULL):
@@ -54,14 +81,12 @@ def cfg_cfm_loss(net, path, z, y, eta=0.1, t=None, null=NULL):
     net(x, t, y) -> u. t: (B,), or None for the lecture's t ~ U[0, 1).
     Lecture 4, "Classifier-Free Guidance Training".
     """
-    require_label_each(y, z)
+    require_label_each(y, z, null)
     y = drop_labels(y, eta, null)               # with probability eta, y <- null
-    if t is None:
-        t = torch.rand(len(z), device=z.device)
+    t = draw_times(z, t)
     eps = torch.randn_like(z)
     x = path.sample(z, eps, t)                  # x ~ p_t(x|z)
-    u = net(x, t, y)
-    require_same_shape(u, x)
+    u = apply(net, x, t, y)
     return F.mse_loss(u, path.target(z, eps, t))
 
 
@@ -70,21 +95,25 @@ def cfg_cfm_loss(net, path, z, y, eta=0.1, t=None, null=NULL):
 def guide(cond, uncond, w):
     """Classifier-free guidance: (1 - w) u_t(x|null) + w u_t(x|y).
 
-    Any two predictions of one kind (u, score, eps or z), of the same shape. w = 1 gives cond, w = 0
-    gives uncond. For all kinds guidance is the same: at given x and t each kind is a x plus b times
-    another, and the weights 1 - w and w add to 1.
+    Any two predictions of one kind (u, score, eps or z), of the same shape (B, ...). w: a number or
+    (B,). w = 1 gives cond, w = 0 gives uncond. The rule is the same for all kinds, because at given
+    x and t each kind is a x + b times another, and the weights 1 - w and w add to 1.
     Lecture 4, "Classifier-free guidance"; Ho & Salimans 2022, whose w is ours minus 1.
     """
     require_same_shape(cond, uncond)
-    return uncond + w * (cond - uncond)
+    return uncond + scale_each(w, cond) * (cond - uncond)
 
 
-def add_axes(w, x):
-    """A scale for each sample, w (B,), with the axes of x: (B, 1, ..., 1). A number is kept."""
-    if not isinstance(w, torch.Tensor) or w.ndim == 0:
-        return w
-    require(w.shape == x.shape[:1], f"w of shape {tuple(w.shape)}: expected ({len(x)},)")
-    return w.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+def scale_each(w, x):
+    """The scale w as a factor for x: a number, or from (B,) the shape (B, 1, ..., 1)."""
+    if isinstance(w, Real):
+        return float(w)                         # numpy's numbers too
+    if not isinstance(w, torch.Tensor):
+        raise TypeError(f"w is a number or a tensor ({len(x)},), not {type(w).__name__}")
+    if w.ndim > 0:
+        require(w.shape == x.shape[:1], f"w of shape {tuple(w.shape)}: expected ({len(x)},)")
+        w = w.view(-1, *[1] * (x.ndim - 1))     # (B,) -> (B, 1, ..., 1)
+    return w.to(x)
 
 
 def guided_field(net, x, t, y, w, null=NULL):
@@ -94,20 +123,24 @@ def guided_field(net, x, t, y, w, null=NULL):
     u_t(x|y) + (w - 1) (u_t(x|y) - u_t(x|y')). By Bayes' rule for y and for y', the difference is
     b_t (grad log p_t(y|x) - grad log p_t(y'|x)).
     """
-    require_label_each(y, x)
-    wide = torch.promote_types(x.dtype, torch.float32)      # bfloat16 would round t
-    t = torch.as_tensor(t, dtype=wide, device=x.device)
-    require(t.ndim == 0 or t.shape == y.shape, f"t of shape {tuple(t.shape)}: expected (B,)")
-    t = t.expand(len(x))
-    other = torch.full_like(y, null)
-    if isinstance(w, (int, float)) and w == 1:
-        return net(x, t, y)                     # Algorithm 7
-    if isinstance(w, (int, float)) and w == 0:
-        return net(x, t, other)
-    both = net(torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, other]))     # (2B, ...)
-    cond, uncond = both.chunk(2)
-    require_same_shape(cond, x)
-    return guide(cond, uncond, add_axes(w, x))
+    t = check_inputs(x, t, y, null)             # (B,)
+    no_label = torch.full_like(y, null)
+    if isinstance(w, Real) and w == 1:
+        return apply(net, x, t, y)              # Algorithm 7
+    if isinstance(w, Real) and w == 0:
+        return apply(net, x, t, no_label)
+    both = apply(net, torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, no_label]))
+    cond, uncond = both.chunk(2)                # of (2B, ...)
+    return guide(cond, uncond, w)
+
+
+def check_inputs(x, t, y, null=NULL):
+    """t as (B,), in float32 or wider, since bfloat16 would round it."""
+    require_label_each(y, x, null)
+    t = torch.as_tensor(t, dtype=torch.promote_types(x.dtype, torch.float32), device=x.device)
+    require(t.ndim == 0 or t.shape == x.shape[:1],
+            f"t of shape {tuple(t.shape)}: expected a number or ({len(x)},)")
+    return t.expand(len(x))
 
 
 # ---------------------------------------------------------------- samplers
@@ -124,13 +157,20 @@ def times(steps, t0=0.0):
     return pairwise((1 - k / steps) * t0 + k / steps for k in range(steps + 1))
 
 
+def require_finite(x):
+    """x, if it is finite. Every sampler ends so, since one infinite step would spoil all others."""
+    require(x.isfinite().all(), "samples are not finite: w may be too large, or the field infinite "
+            "where it starts, as a classifier's guidance is at t = 0 (start later: t0=0.01)")
+    return x
+
+
 def euler(field, x, steps, t0=0.0):
     """X_s = X_t + h u_t(X_t); Lecture 4, Algorithms 7 and 8. x: (B, ...), in and out."""
     for t, s in times(steps, t0):
         u = field(x, t)
         require_same_shape(u, x)
         x = x + (s - t) * u
-    return x
+    return require_finite(x)
 
 
 def value_at(function, t):
@@ -146,7 +186,7 @@ def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, randn=torch.randn_
     """
     for t, s in times(steps, t0):
         x = euler_maruyama_step(field, x, t, s, path, sigma, randn)
-    return x
+    return require_finite(x)
 
 
 def euler_maruyama_step(field, x, t, s, path, sigma=None, randn=torch.randn_like):
@@ -164,8 +204,12 @@ def euler_maruyama_step(field, x, t, s, path, sigma=None, randn=torch.randn_like
         sigma_t = float(sigma(t))
     else:
         sigma_t = sigma
+    require(sigma_t >= 0, f"sigma = {sigma_t} is negative")
     sigma_t = min(sigma_t, value_at(path.beta, s) / math.sqrt(h))
     k = sigma_t**2 / (2 * beta)
     u = field(x, t)
+    xi = randn(x)
+    require_same_shape(u, x)
+    require_same_shape(xi, x)
     drift = u - k * path.u_to_eps(u, x, t)
-    return x + h * drift + math.sqrt(h) * sigma_t * randn(x)
+    return x + h * drift + math.sqrt(h) * sigma_t * xi

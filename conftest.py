@@ -1,12 +1,9 @@
-"""What several test files share, and a record of the functions that each test enters.
+"""What several test files share.
 
-The exact fields come from oracle.py: MIX is four Gaussians of three classes in the plane. All
+The exact fields come from chapters/oracle.py: MIX is four Gaussians of three classes in the plane. All
 mathematics is tested in float64.
 """
 import shlex
-import sys
-from collections import defaultdict
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -16,14 +13,11 @@ import torch
 from torch.autograd.functional import jacobian
 from torch.distributions import Normal
 
-import classifier
-import command
-import mnist
-import oracle
 import sample
 import train
-import vae
+from chapters import classifier, oracle, vae
 from paths import PATHS
+from support import command, mnist
 
 ROOT = str(Path(__file__).parent)
 ALL_PATHS = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
@@ -154,59 +148,10 @@ def randomize(net):
     return net
 
 
-# ---------------------------------------------------------------- which functions a test enters
-#
-# tests/test_notes.py, which runs last, compares this record with the tables of docs/notes.md.
-
-ENTERED = defaultdict(set)                      # name of a test -> code of the functions it entered
-OF_FIXTURE = defaultdict(set)                   # name of a fixture -> the same
-NOT_RUN = set()                                 # names of tests of which a case did not run
-
-
-@contextmanager
-def record(entered):
-    """Add the code of every function of the project that is called meanwhile."""
-    def note(frame, event, argument):
-        if event == "call" and frame.f_code.co_filename.startswith(ROOT):
-            entered.add(frame.f_code)
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        yield
-    finally:
-        sys.setprofile(before)
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_fixture_setup(fixturedef, request):
-    with record(OF_FIXTURE[fixturedef.argname]):
-        yield
-
-
-@pytest.hookimpl(hookwrapper=True)
-def pytest_runtest_call(item):
-    entered = ENTERED[item.originalname]
-    for fixture in item.fixturenames:
-        entered |= OF_FIXTURE[fixture]
-    with record(entered):
-        outcome = yield
-    if outcome.excinfo:                         # skipped, or failed half way
-        NOT_RUN.add(item.originalname)
-
-
-def pytest_deselected(items):
-    NOT_RUN.update(item.originalname for item in items)
-
-
-def pytest_collection_modifyitems(items):
-    items.sort(key=lambda item: item.path.name == "test_notes.py")
-
-
 # ---------------------------------------------------------------- commands
 
-MAINS = {"train.py": train.main, "sample.py": sample.main, "classifier.py": classifier.main,
-         "vae.py": vae.main, "oracle.py": oracle.main}
+MAINS = {"train.py": train.main, "sample.py": sample.main, "chapters.classifier": classifier.main,
+         "chapters.vae": vae.main, "chapters.oracle": oracle.main}
 
 
 @pytest.fixture(scope="session")
@@ -222,10 +167,10 @@ def few(tmp_path_factory):
 def run_line(line, few):
     """The exit status of a command line; a training without --data is of the few digits."""
     script, *argv = shlex.split(line)
-    if script not in ("sample.py", "oracle.py") and "--data" not in argv:
+    if script not in ("sample.py", "chapters.oracle") and "--data" not in argv:
         argv += ["--data", str(few)]
     try:
-        return command.run(partial(MAINS[script], argv)) or 0
+        return command.execute(partial(MAINS[script], argv)) or 0
     except SystemExit as error:                 # argparse's way out
         return error.code
 

@@ -12,7 +12,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cfg_min import require
-from unet import TimeEmbedding, zero
+from unet import FEATURES, waves, zero
 
 
 def patchify(x, p):
@@ -90,7 +90,7 @@ class DiT(nn.Module):
         self.last = zero(nn.Linear(width, numbers))
         # fixed, so not saved
         self.register_buffer("positions", positions(size // patch, width), persistent=False)
-        self.time = TimeEmbedding(width)
+        self.time = nn.Sequential(nn.Linear(FEATURES, width), nn.SiLU(), nn.Linear(width, width))
         self.label = nn.Embedding(10 + 1, width)            # one more for NULL
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.modulation = zero(nn.Linear(width, 2 * width))
@@ -98,7 +98,7 @@ class DiT(nn.Module):
     def forward(self, x, t, y):
         require(x.shape[2:] == (self.size, self.size),
                 f"x of shape {tuple(x.shape)}: expected {self.size} x {self.size} places")
-        e = F.silu(self.time(t, x) + self.label(y))         # (B, D)
+        e = F.silu(self.time(waves(t, x)) + self.label(y))         # (B, D)
         h = self.embed(patchify(x, self.patch))             # (B, N, D)
         h = h + self.positions.to(h.dtype)
         for block in self.blocks:

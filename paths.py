@@ -2,22 +2,23 @@
 
 A path joins noise eps ~ N(0, I), at time t = 0, to a data point z, at t = 1:
 
-    x = alpha_t z + beta_t eps              alpha goes from 0 to 1, beta from 1 to 0
-                                            (DDPM: nearly; its alpha_0 is 0.0066).
+    x = alpha_t z + beta_t eps              alpha goes from 0 to 1, beta from 1 to 0;
+                                            on the straight line alpha = t, beta = 1 - t.
 
 So x given z has the distribution p_t(x|z) = N(x; alpha_t z, beta_t^2 I). It moves with the velocity
 
     u_t(x|z) = alpha'_t z + beta'_t eps     the conditional vector field; ' is d/dt.
 
 Many pairs (z, eps) meet in one x. The mean of their velocities, E[u_t(x|z) | x], is the marginal
-vector field u_t(x). Its ODE carries the noise to the data, and a network learns it. p_t(x) is the
-density of x when z is drawn from the data. Its score is
-grad log p_t(x) = E[grad log p_t(x|z) | x].
+vector field u_t(x). A network learns it, because its ODE carries the noise to the data. That is all
+that the loss needs: `sample` and `target`, the first two methods below.
 
-For one pair, the two equations above are linear in z and eps. D is their determinant. Solved for
-z and eps, they give every conversion. The score of the Gaussian p_t(x|z) is
--(x - alpha z) / beta^2 = -eps / beta. At a given x they are linear, so they hold for the
-means over all pairs too:
+The rest says the same in other words. p_t(x) is the density of x when z is drawn from the data, and
+its score is grad log p_t(x) = E[grad log p_t(x|z) | x]. For one pair, the two equations above are
+linear in z and eps, with the determinant D. Solved for z and eps, they give the conversions between
+u, z, eps and the score, for the score of the Gaussian p_t(x|z) is
+-(x - alpha z) / beta^2 = -eps / beta. Since they are linear at a given x, they hold for the means
+over all pairs as well:
 
     D = alpha' beta - alpha beta'           1 for CondOT, pi/2 for Cosine
     z = (beta u - beta' x) / D              E[z|x], if u is the marginal field
@@ -34,6 +35,11 @@ import torch
 import torch.nn as nn
 
 
+def require_same_shape(a, b):
+    if a.shape != b.shape:
+        raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
+
+
 def one_per_sample(t, x):
     """t as (B,), one for each sample of x (B, ...), in float32 or wider. t: (B,) or a number."""
     wide = torch.promote_types(x.dtype, torch.float32)      # bfloat16 would round t
@@ -46,85 +52,102 @@ def one_per_sample(t, x):
 class GaussianPath:
     """What all paths share. A path itself is four functions of t: alpha, beta, d_alpha, d_beta."""
 
-    def at(self, t, x, other=None):
-        """alpha, beta, alpha', beta' at t, each (B, 1, ..., 1), with as many axes as x.
+    def at(self, t, x, *functions):
+        """Each function at t, (B, 1, ..., 1), with as many axes as x; by default the path's four.
 
         They are computed in float32 or wider, then take the type of x (float32 for integers).
-        Raises ValueError if other and x differ in shape.
         """
-        if other is not None and other.shape != x.shape:
-            raise ValueError(f"shapes {tuple(other.shape)} and {tuple(x.shape)} differ")
         t = one_per_sample(t, x)
         t = t.view(-1, *[1] * (x.ndim - 1))     # (B,) -> (B, 1, ..., 1)
         kind = x.dtype if x.is_floating_point() else t.dtype
-        return [f(t).to(kind) for f in (self.alpha, self.beta, self.d_alpha, self.d_beta)]
+        functions = functions or (self.alpha, self.beta, self.d_alpha, self.d_beta)
+        return [f(t).to(kind) for f in functions]
 
-    def determinant(self, t, x):
-        """D = alpha' beta - alpha beta', (B, 1, ..., 1)."""
-        alpha, beta, d_alpha, d_beta = self.at(t, x)
-        return d_alpha * beta - alpha * d_beta
-
-    def divide_by_D(self, numerator, t, x):
-        """numerator / D. Raises ValueError where D = 0: there u does not determine z and eps."""
-        D = self.determinant(t, x)
-        if (D == 0).any():
-            raise ValueError(f"{type(self).__name__}: D = alpha' beta - alpha beta' is 0 at a t, "
-                             "where u gives no z, eps or score; use euler, or start later (t0)")
-        return numerator / D
+    # ------------------------------------------------ what the loss needs
 
     def sample(self, z, eps, t):
         """x = alpha z + beta eps: a draw from p_t(x|z) if eps is a draw from N(0, I)."""
-        alpha, beta, _, _ = self.at(t, z, eps)
+        require_same_shape(z, eps)
+        alpha, beta = self.at(t, z, self.alpha, self.beta)
         return alpha * z + beta * eps
 
     def target(self, z, eps, t):
         """u_t(x|z) = alpha' z + beta' eps at x = alpha z + beta eps."""
-        _, _, d_alpha, d_beta = self.at(t, z, eps)
+        require_same_shape(z, eps)
+        d_alpha, d_beta = self.at(t, z, self.d_alpha, self.d_beta)
         return d_alpha * z + d_beta * eps
+
+    # ------------------------------------------------ conversions
+
+    def D(self, t):
+        """The determinant alpha' beta - alpha beta'. Where it is 0, u does not give z and eps."""
+        return self.d_alpha(t) * self.beta(t) - self.alpha(t) * self.d_beta(t)
+
+    def refuse_zero(self, divisor, t):
+        """Raise ValueError where t is a Python number at which divisor (alpha, beta or D) is 0.
+
+        The values of a tensor t are not looked at: vmap and compile could not follow.
+        """
+        if isinstance(t, (int, float)) and divisor(torch.tensor(t, dtype=torch.float64)) == 0:
+            raise ValueError(f"{type(self).__name__}: {divisor.__name__} is 0 at t = {t}, and this "
+                             "conversion divides by it: start later (t0) or stop earlier")
 
     def u_to_data(self, u, x, t):
         """z = (beta u - beta' x) / D."""
-        _, beta, _, d_beta = self.at(t, x, u)
-        return self.divide_by_D(beta * u - d_beta * x, t, x)
+        require_same_shape(u, x)
+        self.refuse_zero(self.D, t)
+        beta, d_beta, D = self.at(t, x, self.beta, self.d_beta, self.D)
+        return (beta * u - d_beta * x) / D
 
     def u_to_eps(self, u, x, t):
         """eps = (alpha' x - alpha u) / D."""
-        alpha, _, d_alpha, _ = self.at(t, x, u)
-        return self.divide_by_D(d_alpha * x - alpha * u, t, x)
+        require_same_shape(u, x)
+        self.refuse_zero(self.D, t)
+        alpha, d_alpha, D = self.at(t, x, self.alpha, self.d_alpha, self.D)
+        return (d_alpha * x - alpha * u) / D
 
     def u_to_score(self, u, x, t):
         """grad log p_t(x) = -eps / beta; infinite at t = 1."""
-        _, beta, _, _ = self.at(t, x)
+        self.refuse_zero(self.beta, t)
+        (beta,) = self.at(t, x, self.beta)
         return -self.u_to_eps(u, x, t) / beta
 
     def eps_to_u(self, eps, x, t):
         """u = (alpha' x - D eps) / alpha; 0/0 at alpha = 0, where eps = x whatever z is."""
-        alpha, _, d_alpha, _ = self.at(t, x, eps)
-        return (d_alpha * x - self.determinant(t, x) * eps) / alpha
+        require_same_shape(eps, x)
+        self.refuse_zero(self.alpha, t)
+        alpha, d_alpha, D = self.at(t, x, self.alpha, self.d_alpha, self.D)
+        return (d_alpha * x - D * eps) / alpha
 
     def eps_to_data(self, eps, x, t):
         """z = (x - beta eps) / alpha; infinite at alpha = 0."""
-        alpha, beta, _, _ = self.at(t, x, eps)
+        require_same_shape(eps, x)
+        self.refuse_zero(self.alpha, t)
+        alpha, beta = self.at(t, x, self.alpha, self.beta)
         return (x - beta * eps) / alpha
 
     def data_to_u(self, z, x, t):
         """u = (D z + beta' x) / beta, on CondOT (z - x) / (1 - t); 0/0 at t = 1, where x = z."""
-        _, beta, _, d_beta = self.at(t, x, z)
-        return (self.determinant(t, x) * z + d_beta * x) / beta
+        require_same_shape(z, x)
+        self.refuse_zero(self.beta, t)
+        beta, d_beta, D = self.at(t, x, self.beta, self.d_beta, self.D)
+        return (D * z + d_beta * x) / beta
 
-    def a_b(self, t, x, other=None):
+    def a_b(self, t, x):
         """a = alpha'/alpha and b = (alpha' beta^2 - beta' beta alpha)/alpha; Lecture 4, FACT.
 
         The slides print b without the beta of its second term. Infinite at alpha = 0.
         """
-        alpha, beta, d_alpha, d_beta = self.at(t, x, other)
+        self.refuse_zero(self.alpha, t)
+        alpha, beta, d_alpha, d_beta = self.at(t, x)
         a = d_alpha / alpha
         b = (d_alpha * beta**2 - d_beta * beta * alpha) / alpha
         return a, b
 
     def score_to_u(self, score, x, t):
         """u = a_t x + b_t score, for alpha > 0; Lecture 4, FACT."""
-        a, b = self.a_b(t, x, score)
+        require_same_shape(score, x)
+        a, b = self.a_b(t, x)
         return a * x + b * score
 
 
@@ -167,15 +190,21 @@ class DDPM(GaussianPath):
 PATHS = {"condot": CondOT(), "cosine": Cosine(), "ddpm": DDPM()}
 
 
+# ---------------------------------------------------------------- networks that predict z or eps
+#
+# Whatever a network predicts, it is used as a vector field. The formulas divide by beta or alpha,
+# which are 0 at the ends, so there they take the nearest t in [first_t, last_t]; net gets the true
+# t. A loss needs last_t = 0.98, as it would else divide an error of z by a beta near 0. Sampling
+# needs a last_t beyond its last step, as only then this step ends at z, without leftover noise.
+
 class DataField(nn.Module):
     """A network that predicts z, as a vector field: u = (D z + beta' x) / beta.
 
-    net(x, t, y) -> z. beta is 0 at t = 1, where a solver may ask for u. So from last_t on, the
-    formula uses last_t; net gets the true t. To go from data back to noise, start at t = 0.9 with
-    x = path.sample(z, eps, 0.9): nearer to 1, errors of z are divided by a small beta.
+    To go from data back to noise, start at t = 0.9 with x = path.sample(z, eps, 0.9): nearer to 1,
+    errors of z are divided by a small beta.
     """
 
-    def __init__(self, net, path, last_t=0.98):
+    def __init__(self, net, path, last_t):
         super().__init__()
         self.net = net
         self.path = path
@@ -184,4 +213,26 @@ class DataField(nn.Module):
     def forward(self, x, t, y):
         z = self.net(x, t, y)
         t = one_per_sample(t, x).clamp(max=self.last_t)
+        return self.path.data_to_u(z, x, t)
+
+
+class EpsField(nn.Module):
+    """A network that predicts eps, as a vector field: eps gives z, and z, clamped, gives u.
+
+    Where alpha is small, a small error of eps is a large one of z. So z is clamped to
+    [-bound, bound], the range of the data, as Ho et al. 2020 do.
+    """
+
+    def __init__(self, net, path, bound, first_t=0.001, last_t=0.9999):
+        super().__init__()
+        self.net = net
+        self.path = path
+        self.bound = bound
+        self.first_t = first_t
+        self.last_t = last_t
+
+    def forward(self, x, t, y):
+        eps = self.net(x, t, y)
+        t = one_per_sample(t, x).clamp(self.first_t, self.last_t)
+        z = self.path.eps_to_data(eps, x, t).clamp(-self.bound, self.bound)
         return self.path.data_to_u(z, x, t)

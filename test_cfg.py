@@ -12,14 +12,15 @@ import torch
 from torch.autograd.functional import jacobian
 from torch.distributions import Normal
 
-from cfg_min import (NULL, cfg_cfm_loss, drop_labels, euler, euler_maruyama, euler_maruyama_step,
-                     guide, guided_field)
-from classifier import classifier_gradient, classifier_guided_field
-from conftest import (ALL_PATHS, GAUSS, MANY, MIX, TIMES, Recorder, call_loss, check_draws, close,
-                      distance, divergence, double, gradient, labels, line, moments_of, tiny)
-from ddpm import EpsField, cfg_dsm_loss
-from oracle import TWO, Mixture, tilted_moments
-from paths import PATHS, CondOT, DataField
+from cfg_min import (NULL, cfg_cfm_loss, drop_labels, euler, euler_maruyama,
+                     euler_maruyama_step, guide, guided_field)
+from chapters.classifier import classifier_gradient, classifier_guided_field
+from chapters.ddpm import cfg_dsm_loss
+from chapters.oracle import TWO, Mixture, tilted_moments
+from conftest import (ALL_PATHS, GAUSS, MANY, MIX, TIMES, Recorder, call_loss,
+                      check_draws, close, distance, divergence, double,
+                      gradient, labels, line, moments_of, tiny)
+from paths import PATHS, CondOT, DataField, EpsField
 
 SCALES = pytest.mark.parametrize("w", [-1.0, 0.0, 1.0, 3.0, 8.0])
 
@@ -141,14 +142,14 @@ def test_a_network_that_predicts_z_is_the_field_of_that_z(path, x):
         return MIX.data_and_eps(path, x, t, y)[0]
 
     for t in TIMES:
-        close(DataField(net, path)(x, t, MANY), MIX.u(path, x, t, MANY), 1e-6)
+        close(DataField(net, path, 0.98)(x, t, MANY), MIX.u(path, x, t, MANY), 1e-6)
     early = DataField(lambda x, t, y: x.sin(), path, last_t=0.9)
     close(early(x, 0.95, MANY), early(x, 0.9, MANY))
 
 
 def test_the_last_step_of_euler_ends_at_the_networks_z(x):
     """x + (1 - t) (z - x) / (1 - t) = z, on CondOT."""
-    field = partial(DataField(lambda x, t, y: x.sin(), CondOT()), y=MANY)
+    field = partial(DataField(lambda x, t, y: x.sin(), CondOT(), 0.98), y=MANY)
     close(euler(field, x, 1, t0=0.96), x.sin())
 
 
@@ -396,28 +397,25 @@ def test_the_normaliser_with_a_gradient_is_that_of_the_tilted_classifier(path, w
 @pytest.mark.parametrize("null", [NULL, 4])
 def test_labels_are_dropped_one_by_one_with_probability_eta(null):
     """y <- null with probability eta, in a new tensor."""
-    y = torch.arange(10).repeat(2000)
+    y = torch.arange(null).repeat(2000)
     dropped = drop_labels(y, 0.1, null)
-    assert torch.equal(y, torch.arange(10).repeat(2000))
+    assert torch.equal(y, torch.arange(null).repeat(2000))
     assert dropped.dtype == y.dtype
-    changed = (dropped != y).view(-1, 10)
+    changed = (dropped != y).view(-1, null)
     assert (dropped[changed.flatten()] == null).all()
-    share = changed[:, torch.arange(10) != null].double().mean(dim=0)   # of each label
-    assert distance(share, 0.1) < 0.025
+    assert distance(changed.double().mean(dim=0), 0.1) < 0.025          # of each label
     assert torch.equal(drop_labels(y, 0.0, null), y)
     assert (drop_labels(y, 1.0, null) == null).all()
 
 
 @ALL_PATHS
-@pytest.mark.parametrize("options, eta", [({}, 0.1), (dict(eta=0.3, null=4), 0.3)])
+@pytest.mark.parametrize("options, eta", [({}, 0.1), (dict(eta=0.3, null=12), 0.3)])
 def test_the_loss_is_that_of_conditional_flow_matching_with_dropped_labels(path, options, eta):
     """L_CFM^CFG = E || u_theta(x|y) - u_t(x|z) ||^2, (z, y) ~ p_data, t ~ U, x ~ p_t(x|z)."""
     loss, z, y, x, t, y_seen = call_loss(cfg_cfm_loss, tiny, path, **options)
     eps = check_draws(path, z, x, t)
-    null = options.get("null", NULL)
-    others = y != null
-    dropped = y_seen == null
-    assert abs(dropped[others].double().mean() - eta) < 0.02
+    dropped = y_seen == options.get("null", NULL)
+    assert abs(dropped.double().mean() - eta) < 0.02
     assert torch.equal(y_seen[~dropped], y[~dropped])
     _, _, d_alpha, d_beta = path.at(t, z)
     close(loss, ((tiny(x, t, y_seen) - d_alpha * z - d_beta * eps)**2).mean(), 1e-6)
@@ -622,7 +620,7 @@ def test_the_guided_sde_is_the_conditional_ode_with_langevin_steps(path, sigma, 
         _, b = path.a_b(t, x)
         other_w = w + 2 * (w - 1) * b / sigma**2
         sde = guided_field(net_of(path), x, t, MANY, w) + sigma**2 / 2 * guide(score_y, score, w)
-        langevin = MIX.u(path, x, t, MANY) + sigma**2 / 2 * guide(score_y, score, other_w)
+        langevin = MIX.u(path, x, t, MANY) + sigma**2 / 2 * guide(score_y, score, other_w[:, 0])
         close(sde, langevin)
 
 

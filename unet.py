@@ -16,20 +16,15 @@ import torch.nn.functional as F
 
 from paths import one_per_sample
 
+FEATURES = 128          # of t
 
-class TimeEmbedding(nn.Sequential):
-    """t (B,) or a number, in [0, 1] -> (B, E): cosines and sines of t, then two linear layers."""
 
-    def __init__(self, E, features=128):
-        super().__init__(nn.Linear(features, E), nn.SiLU(), nn.Linear(E, E))
-
-    def forward(self, t, x):
-        t = one_per_sample(t, x)
-        logs = torch.linspace(0, math.log(1000), self[0].in_features // 2, dtype=t.dtype,
-                              device=t.device)
-        angles = t[:, None] * logs.exp()        # (B, features/2), frequencies from 1 to 1000
-        features = torch.cat([angles.cos(), angles.sin()], dim=1)
-        return super().forward(features.to(self[0].weight.dtype))
+def waves(t, x):
+    """t (B,) or a number, in [0, 1] -> (B, FEATURES) of x's type: cosines and sines of t."""
+    t = one_per_sample(t, x)
+    logs = torch.linspace(0, math.log(1000), FEATURES // 2, dtype=t.dtype, device=t.device)
+    angles = t[:, None] * logs.exp()            # (B, FEATURES/2), frequencies from 1 to 1000
+    return torch.cat([angles.cos(), angles.sin()], dim=1).to(x.dtype)
 
 
 def zero(layer):
@@ -57,7 +52,7 @@ class ResidualLayer(nn.Module):
         return x + self.conv2(F.silu(h))
 
 
-class Midcoder(nn.ModuleList):
+class ResidualStack(nn.ModuleList):
     """Residual layers one after another, all at one size: (B, c, h, w) -> (B, c, h, w)."""
 
     def __init__(self, c, layers, E):
@@ -74,7 +69,7 @@ class Encoder(nn.Module):
 
     def __init__(self, c, d, layers, E):
         super().__init__()
-        self.layers = Midcoder(c, layers, E)
+        self.layers = ResidualStack(c, layers, E)
         self.down = nn.Conv2d(c, d, 3, stride=2, padding=1)
 
     def forward(self, h, e):
@@ -88,7 +83,7 @@ class Decoder(nn.Module):
     def __init__(self, d, c, layers, E):
         super().__init__()
         self.up = nn.Conv2d(d, c, 3, padding=1)
-        self.layers = Midcoder(c, layers, E)
+        self.layers = ResidualStack(c, layers, E)
 
     def forward(self, h, skip, e):
         h = F.interpolate(self.up(h), scale_factor=2)
@@ -99,19 +94,22 @@ class UNet(nn.Module):
     """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0..9 or NULL = 10.
 
     H and W are multiples of 8 by default; shapes below are of H = W = 32. layers are per stage.
-    One departure from the lab: the first convolution has stride 2, and the last writes 2 x 2 pixels
-    for each place. That is three times as fast (docs/results.md). stride = 1 is the lab's.
+    Stages, channels, skips and residual layers are the lab's. Its norms are batch norms, t and y
+    enter every layer by adapters of their own, frequencies are learned, and upsampling is bilinear.
+    Its first convolution has stride 1. With stride 2, after which the last convolution writes 2 x 2
+    pixels for each place, the network is three times as fast (docs/results.md).
     """
 
     def __init__(self, channels=(32, 64, 128), layers=2, in_channels=1, stride=2, E=128):
         super().__init__()
-        self.time = TimeEmbedding(E)
+        self.time = nn.Sequential(nn.Linear(FEATURES, E), nn.SiLU(), nn.Linear(E, E))
         self.label = nn.Embedding(10 + 1, E)    # one more for NULL
         self.first = nn.Conv2d(in_channels, channels[0], kernel_size=2 * stride + 1,
                                stride=stride, padding=stride)
         down = list(pairwise(channels))         # (32, 64), (64, 128)
+        self.multiple = stride * 2**len(down)   # of H and W, as each stage halves them
         self.encoders = nn.ModuleList(Encoder(c, d, layers, E) for c, d in down)
-        self.midcoder = Midcoder(channels[-1], layers, E)
+        self.midcoder = ResidualStack(channels[-1], layers, E)
         self.decoders = nn.ModuleList(Decoder(d, c, layers, E) for c, d in reversed(down))
         self.norm = nn.GroupNorm(8, channels[0])
         self.last = nn.Sequential(
@@ -119,7 +117,10 @@ class UNet(nn.Module):
             nn.PixelShuffle(stride))            # channels become places: H/2 -> H
 
     def forward(self, x, t, y):
-        e = F.silu(self.time(t, x) + self.label(y))         # (B, E)
+        if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
+            raise ValueError(f"x of shape {tuple(x.shape)}: expected (B, C, H, W), with H and W "
+                             f"multiples of {self.multiple}; pad the images")
+        e = F.silu(self.time(waves(t, x)) + self.label(y))         # (B, E)
         h = self.first(x)                       # (B, 32, 16, 16)
         skips = []
         for encoder in self.encoders:

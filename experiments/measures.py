@@ -13,6 +13,7 @@ CAS             % of real test digits that a classifier, trained on the samples 
 The row of real digits is of test digits, as many of each label. The distance is always to other
 test digits. All are shuffled first, as the first half of MNIST's test digits is easier.
 """
+import io
 import sys
 from pathlib import Path
 
@@ -21,12 +22,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import checkpoint
-import mnist
 import sample
-from command import BadInput, Parser, run
+from paths import PATHS
+from support import checkpoint, mnist
+from support.command import BadInput, Parser, execute, write_whole
+from support.sampling import choose_labels
 
 EVALUATOR = Path(__file__).parent / "evaluator.pt"          # kept after the first run
+NOISE = 0.1             # the largest standard deviation of the noise in training: 13 grey levels
 
 
 # ---------------------------------------------------------------- small classifiers
@@ -82,18 +85,22 @@ def load_evaluator(x_train, y_train, steps=2400):
     It trains with faint noise, of up to 13 grey levels, so that it looks at shapes, not at grey
     levels that no eye tells from black.
     """
+    torch.manual_seed(0)
     net = make_classifier(10)
-    data = checkpoint.checksum_of([x_train, y_train])
-    if EVALUATOR.exists():
-        saved = checkpoint.read(EVALUATOR)
-        if saved["config"]["data"] == data:
+    of = [checkpoint.checksum_of([x_train, y_train]), steps, str(net)]
+    try:
+        saved = torch.load(EVALUATOR, weights_only=True)
+        if saved["of"] == of and saved["checksum"] == checkpoint.checksum_of(saved["weights"]):
             net.load_state_dict(saved["weights"])
             return net.eval()
+    except Exception:                           # not there, of another version, or damaged
+        pass
     print("training the evaluator, once: a minute or two", flush=True)
-    torch.manual_seed(0)
-    fit(net, x_train, y_train, steps, noise=0.1)
-    config = dict(steps=steps, data=data)
-    checkpoint.save(EVALUATOR, dict(config=config, step=steps, weights=net.state_dict()))
+    fit(net, x_train, y_train, steps, noise=NOISE)
+    weights = net.state_dict()
+    buffer = io.BytesIO()
+    torch.save(dict(of=of, checksum=checkpoint.checksum_of(weights), weights=weights), buffer)
+    write_whole(EVALUATOR, buffer.getvalue())
     return net
 
 
@@ -191,7 +198,7 @@ class Measures:
     def cas(self, images, labels, seed=0):
         """Classification accuracy score: trained on the samples, tested on all test digits."""
         torch.manual_seed(seed)
-        net = fit(make_classifier(10), images, labels, steps=1500)
+        net = fit(make_classifier(10), images, labels, steps=1500, noise=NOISE)
         guesses = apply(net, self.x_test).argmax(1)
         return 100 * (guesses == self.y_test).double().mean().item()
 
@@ -217,8 +224,8 @@ def draw(ckpt, w, n, *options):
     options = sample.parse([f"--w={w}", "--n", str(n), *map(str, options)])
     net, config = checkpoint.load(ckpt)
     vae = checkpoint.load_autoencoder(ckpt) if config["latent"] else None
-    y, _ = sample.choose_labels(options)
-    path = sample.PATHS[config["path"]]
+    y = choose_labels(options.label, options.n, is_picture=False)
+    path = PATHS[config["path"]]
     with torch.no_grad():
         images = sample.draw_images(net, vae, None, path, options, w, y)
     return images[:, None], y
@@ -259,4 +266,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(execute(main))

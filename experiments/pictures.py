@@ -16,16 +16,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-import oracle
-import picture
 import sample
 from cfg_min import NULL, guided_field, times
-from command import Parser, run, write_whole
+from chapters import oracle
+from chapters.oracle import TRIANGLE, TWO
 from experiments import plots
 from experiments.measures import draw
-from mnist import to_bytes
-from oracle import TRIANGLE, TWO
+from support import checkpoint, picture
+from support.command import Parser, execute, write_whole
+from support.mnist import to_bytes
+from support.sampling import Noise
 
 HERE = Path(__file__).parent.parent
 UNET = "weights/unet.pt"
@@ -60,7 +60,7 @@ def away():
 def follow(w, y, steps):
     """x_t of Euler's method for the labels y (B,), at each of its times, 1 included: (t, x)."""
     net, _ = checkpoint.load(UNET)
-    x = sample.Noise(0, range(len(y)), checkpoint.PIXELS_SHAPE)(y)
+    x = Noise(0, range(len(y)))()
     for t, s in times(steps):
         yield net, t, x
         x = x + (s - t) * guided_field(net, x, t, y, w)
@@ -158,4 +158,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(execute(main))

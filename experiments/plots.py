@@ -6,7 +6,7 @@ import html
 import math
 import struct
 
-from picture import SIGNATURE, chunk, compress, header
+from support.picture import SIGNATURE, chunk, compress, header
 
 WIDTH, HEIGHT = 220, 200                        # of a plot, from axis to axis, in pixels
 LEFT, TOP, RIGHT, BOTTOM = 52, 28, 16, 40       # around it, for numbers and labels

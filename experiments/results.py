@@ -19,13 +19,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import checkpoint
-import mnist
-from classifier import likelihood_weight, measure_label_errors
-from command import BadInput, Parser, number, run, write_whole
+from chapters.classifier import likelihood_weight, measure_label_errors
 from experiments import plots
 from experiments.measures import Measures, draw, show, show_head
 from paths import CondOT
+from support import checkpoint, mnist
+from support.command import BadInput, Parser, execute, number, write_whole
 
 HERE = Path(__file__).parent.parent
 UNET = "weights/unet.pt"
@@ -40,7 +39,7 @@ SAMPLERS = {                                    # name: calls a step, options of
     "Euler": (1, ("--sampler", "euler")),
     "Heun": (2, ("--sampler", "heun")),
     "Euler-Maruyama": (1, ("--sampler", "em")),
-    "ancestral": (1, ("--sampler", "ddim", "--noise", 1)),
+    "ancestral": (1, ("--sampler", "ddpm")),
 }
 
 
@@ -190,4 +189,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(execute(main))

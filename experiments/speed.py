@@ -10,14 +10,16 @@ import time
 
 import torch
 
-import checkpoint
 import sample
 from cfg_min import NULL, cfg_cfm_loss
-from checkpoint import LATENT_OPTIONS, LATENT_SHAPE, PIXELS_SHAPE, autocast, pick_device
-from command import Parser, run
 from dit import DiT
-from mnist import draw_batch
 from paths import CondOT
+from support import checkpoint
+from support.checkpoint import (LATENT_SHAPE, NETWORKS, PIXELS_SHAPE, autocast,
+                                pick_device)
+from support.command import Parser, execute
+from support.mnist import draw_batch, to_bytes
+from support.sampling import Noise
 from unet import UNet
 
 DEVICE = pick_device(None)
@@ -27,7 +29,7 @@ CASES = {                                       # name: network, its options, sh
     "U-Net, stride 1": (UNet, dict(stride=1), PIXELS_SHAPE, 128),
     "U-Net, one layer a stage": (UNet, dict(layers=1), PIXELS_SHAPE, 128),
     "DiT": (DiT, {}, PIXELS_SHAPE, 64),
-    "latent DiT": (DiT, LATENT_OPTIONS["dit"], LATENT_SHAPE, 64),
+    "latent DiT": (DiT, NETWORKS["dit"]["latent"], LATENT_SHAPE, 64),
 }
 
 
@@ -77,14 +79,15 @@ def time_sampling(make, options, shape, steps=10, n=100):
     net = make(**options).to(DEVICE).eval()
     y = torch.arange(n, device=DEVICE) % 10
     options = sample.parse(["--w", "3", "--steps", str(steps)])
+    latent = shape == LATENT_SHAPE
     x = torch.randn(2 * n, *shape, device=DEVICE)
     t = torch.full((2 * n,), 0.5, device=DEVICE)
 
     def whole():
-        randn = sample.Noise(0, range(n), shape)
+        randn = Noise(0, range(n), latent, DEVICE)
         with autocast(DEVICE):
-            out = sample.draw_samples(net, None, PATH, options, 3.0, y, randn)
-        sample.mnist.to_bytes(out)
+            out = sample.draw_samples(net, y, 3.0, options, PATH, randn)
+        to_bytes(out)
 
     def evaluations_alone():
         with autocast(DEVICE):
@@ -98,7 +101,7 @@ def time_sampling(make, options, shape, steps=10, n=100):
 def main(argv=None):
     Parser(description=__doc__.splitlines()[0]).parse_args(argv)
     print(f"{DEVICE}, {torch.get_num_threads()} threads, "
-          f"bf16: {isinstance(checkpoint.autocast(DEVICE), torch.autocast)}")
+          f"bf16: {checkpoint.autocast(DEVICE)._enabled}")
     print("network                    training images/s   over alone   samples/s (10 steps)   "
           "over alone")
     for name, (make, options, shape, batch) in CASES.items():
@@ -110,4 +113,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(execute(main))

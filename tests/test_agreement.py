@@ -7,10 +7,10 @@ from functools import partial
 import pytest
 import torch
 
-import oracle
 from cfg_min import euler, guided_field
+from chapters import oracle
+from chapters.ddpm import ddim
 from conftest import close
-from ddpm import ddim
 from experiments import guides
 from paths import PATHS, CondOT, GaussianPath
 

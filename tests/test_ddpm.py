@@ -11,11 +11,11 @@ import torch
 from torch.distributions import Independent, Normal, kl_divergence
 
 from cfg_min import NULL
-from classifier import classifier_gradient, classifier_guided_field
-from conftest import (ALL_PATHS, GAUSS, MANY, MIX, call_loss, check_draws, close, distance, double,
-                      gradient, labels, line, tiny)
-from ddpm import cfg_dsm_loss, ddim
-from oracle import TWO
+from chapters.classifier import classifier_gradient, classifier_guided_field
+from chapters.ddpm import cfg_dsm_loss, ddim
+from chapters.oracle import TWO
+from conftest import (ALL_PATHS, GAUSS, MANY, MIX, call_loss, check_draws,
+                      close, distance, double, gradient, labels, line, tiny)
 from paths import DDPM, PATHS, CondOT, GaussianPath
 
 T = 1000

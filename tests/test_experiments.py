@@ -1,6 +1,6 @@
-"""experiments/: the guides against the limiting cases of their papers; measures; plots.
+"""experiments/ and chapters/rules.py: the rules against the limiting cases of their papers; measures; plots.
 
-The fields are exact: a mixture of oracle.py, float64, on CondOT.
+The fields are exact: a mixture of chapters.oracle, float64, on CondOT.
 """
 import re
 import zlib
@@ -11,14 +11,13 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import command
-import mnist
 from cfg_min import NULL, euler, guided_field
+from chapters import rules
+from chapters.oracle import Mixture
 from conftest import close, error_line
 from experiments import guides, measures, plots
-from oracle import Mixture
 from paths import CondOT
+from support import checkpoint, command, mnist
 
 THREE = Mixture([[-1.0, 0.5, 0.0], [1.0, -0.5, 0.3], [0.2, 1.5, -1.0]], std=[0.5, 0.4, 0.6],
                 weight=[0.3, 0.5, 0.2], label=[0, 1, 2])
@@ -55,15 +54,15 @@ def move(guide, **options):
 
 
 def length(a):
-    return guides.dot(a, a).sqrt()
+    return rules.dot(a, a).sqrt()
 
 
-# ---------------------------------------------------------------- guides.py
+# ---------------------------------------------------------------- the rules
 
 @EVERY_T
 @pytest.mark.parametrize("guide", [
-    guides.cfg, guides.interval, guides.rising, guides.rescale, guides.apg, guides.autoguidance,
-    partial(guides.cfg_zero_star, start=0.0)])
+    rules.cfg, rules.interval, rules.rising, rules.rescale, rules.apg, rules.autoguidance,
+    partial(rules.cfg_zero_star, start=0.0)])
 def test_scale_one_is_the_conditional_field(guide, t):
     """guide(cond, uncond, x, t, 1) = cond, of each sample by itself."""
     close(use(guide, t, 1.0), NET(X, t, Y))
@@ -72,8 +71,8 @@ def test_scale_one_is_the_conditional_field(guide, t):
 
 @EVERY_T
 @pytest.mark.parametrize("guide", [
-    guides.cfg, partial(guides.interval, low=0.0, high=1.0), partial(guides.rescale, phi=0.0),
-    partial(guides.apg, eta=1.0, radius=1e9), guides.autoguidance])
+    rules.cfg, partial(rules.interval, low=0.0, high=1.0), partial(rules.rescale, phi=0.0),
+    partial(rules.apg, eta=1.0, radius=1e9), rules.autoguidance])
 def test_each_guide_is_cfg_in_its_limit(guide, t):
     """(1 - w) u_t(x|null) + w u_t(x|y), as cfg_min.guided_field has it."""
     close(use(guide, t, 3.0), guided_field(NET, X, t, Y, 3.0))
@@ -82,8 +81,8 @@ def test_each_guide_is_cfg_in_its_limit(guide, t):
 def test_interval_and_rising_scale_are_those_of_their_papers():
     """2.9 >= (1 - t) / t > 0.28 is guided, what is 3 % outside is not; w(0) = 1, mean w."""
     for sigma, scale in ((2.99, 1), (2.81, 3), (0.289, 3), (0.271, 1)):
-        assert scale_of(guides.interval, 1 / (1 + sigma), 3.0) == scale
-    scales = [scale_of(guides.rising, t, 3.0) for t in (0.0, 0.25, 0.75, 1.0)]
+        assert scale_of(rules.interval, 1 / (1 + sigma), 3.0) == scale
+    scales = [scale_of(rules.rising, t, 3.0) for t in (0.0, 0.25, 0.75, 1.0)]
     assert scales[0] == 1
     assert sum(scales) / 4 == pytest.approx(3.0)
 
@@ -92,8 +91,8 @@ def test_interval_and_rising_scale_are_those_of_their_papers():
 def test_cfg_plus_plus_is_ddim_that_renoises_without_the_label(steps):
     """alpha_s z_lam + beta_s eps(x|null) is Euler's step with w(t) = lam s (1 - t) / h, mean w."""
     path = CondOT()
-    lam = guides.lam_of(3.0, 1 / steps)
-    scales = [scale_of(guides.cfg_plus_plus, k / steps, lam, 1 / steps) for k in range(steps)]
+    lam = rules.lam_of(3.0, 1 / steps)
+    scales = [scale_of(rules.cfg_plus_plus, k / steps, lam, 1 / steps) for k in range(steps)]
     assert sum(scales) / steps == pytest.approx(3.0)
     x = X
     for k in range(steps):
@@ -107,21 +106,21 @@ def test_cfg_plus_plus_is_ddim_that_renoises_without_the_label(steps):
 @EVERY_T
 def test_rescale_has_the_spread_of_cond(t):
     """phi = 1 has std(cond), and the direction of CFG; theirs is phi = 0.7."""
-    cond, u = NET(X, t, Y), use(guides.cfg, t, 3.0)
-    whole = use(guides.rescale, t, 3.0, phi=1.0)
-    close(guides.std(whole), guides.std(cond))
-    close(whole / guides.std(whole), u / guides.std(u))
-    close(use(guides.rescale, t, 3.0), 0.7 * whole + 0.3 * u)
+    cond, u = NET(X, t, Y), use(rules.cfg, t, 3.0)
+    whole = use(rules.rescale, t, 3.0, phi=1.0)
+    close(rules.std(whole), rules.std(cond))
+    close(whole / rules.std(whole), u / rules.std(u))
+    close(use(rules.rescale, t, 3.0), 0.7 * whole + 0.3 * u)
 
 
 def test_apg_moves_z_at_right_angles_to_itself_and_not_far():
     """<z_guided - z, z> = 0; with eta = 1 along d, and no farther than (w - 1) radius."""
-    across, z = move(guides.apg)
-    along = move(guides.apg, eta=1.0)[0] - across
-    close(guides.dot(across, z), torch.zeros(12, 1))
-    close(guides.dot(along, z).abs(), length(along) * length(z))
-    cut, _ = move(guides.apg, eta=1.0, radius=0.1)
-    free, _ = move(guides.cfg)
+    across, z = move(rules.apg)
+    along = move(rules.apg, eta=1.0)[0] - across
+    close(rules.dot(across, z), torch.zeros(12, 1))
+    close(rules.dot(along, z).abs(), length(along) * length(z))
+    cut, _ = move(rules.apg, eta=1.0, radius=0.1)
+    free, _ = move(rules.cfg)
     assert (length(free) > 0.2).any()
     close(length(cut), length(free).clamp(max=0.2))
     close(cut / length(cut), free / length(free))
@@ -131,10 +130,10 @@ def test_apg_moves_z_at_right_angles_to_itself_and_not_far():
 def test_cfg_zero_star_scale_minimises_the_distance_to_cond(t):
     """w = 0 leaves s uncond: <cond - s uncond, uncond> = 0. Before start, u = 0."""
     cond, uncond, _ = fields(t)
-    best = use(guides.cfg_zero_star, t, 0.0)
-    close(guides.dot(cond - best, uncond), torch.zeros(12, 1))
-    close(length(best) * length(uncond), guides.dot(best, uncond).abs())
-    close(use(guides.cfg_zero_star, 0.03, 3.0), torch.zeros(12, 3))
+    best = use(rules.cfg_zero_star, t, 0.0)
+    close(rules.dot(cond - best, uncond), torch.zeros(12, 1))
+    close(length(best) * length(uncond), rules.dot(best, uncond).abs())
+    close(use(rules.cfg_zero_star, 0.03, 3.0), torch.zeros(12, 3))
 
 
 def test_autoguidance_takes_the_error_of_the_weak_network_back():
@@ -193,7 +192,11 @@ def test_the_evaluator_is_kept_whole_and_trained_anew_for_other_data(evaluate, c
     second = evaluate().evaluator
     assert capsys.readouterr().out.count("training the evaluator") == 1
     assert torch.equal(first[-1].weight, second[-1].weight)
-    checkpoint.read(measures.EVALUATOR)
+    raw = measures.EVALUATOR.read_bytes()
+    for damaged in (raw[:-500], raw[:2000] + b"x" + raw[2001:]):
+        measures.EVALUATOR.write_bytes(damaged)
+        assert torch.equal(evaluate().evaluator[-1].weight, first[-1].weight)
+    capsys.readouterr()
     measures.load_evaluator(torch.zeros(50, 1, 32, 32).byte(), torch.arange(50) % 10)
     assert "training the evaluator" in capsys.readouterr().out
 
@@ -217,7 +220,7 @@ def test_samples_that_cannot_be_measured_are_one_line(evaluate, capsys, images, 
     """Of another size or kind, without labels, one alone, too many of a label, a pickle."""
     np.savez("samples.npz", images=images, labels=labels)
     line = ["samples.npz", "--data", "some.npz"]
-    assert command.run(partial(measures.main, line)) == 2
+    assert command.execute(partial(measures.main, line)) == 2
     error_line(capsys)
 
 
@@ -228,7 +231,7 @@ def test_guides_that_cannot_be_compared_are_one_line(evaluate, unet, capsys, mon
     monkeypatch.setattr(guides, "Measures", evaluate)
     line = f"--n 20 --steps 1 --w 3 --ckpt {unet} {options}"
     try:
-        assert command.run(partial(guides.main, line.split())) == 2
+        assert command.execute(partial(guides.main, line.split())) == 2
     except SystemExit as error:                 # argparse's way out
         assert error.code == 2
     error_line(capsys)

@@ -9,11 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import command
-import mnist
-import picture
-
+from conftest import error_line
+from support import checkpoint, command, mnist, picture
 
 # ---------------------------------------------------------------- checkpoints
 
@@ -68,28 +65,30 @@ def forge(unet, change):
     checkpoint.save("forged.pt", saved)
 
 
-@pytest.mark.parametrize("change", [
-    lambda s: s["weights"]["net.first.weight"].fill_(float("nan")),
-    lambda s: s["weights"].popitem(),
-    lambda s: s.pop("weights"),
-    lambda s: s.pop("step"),
-    lambda s: s["config"].update(arch="mlp"),
-    lambda s: s["config"].update(predict="v"),
-    lambda s: s["config"].update(path="x"),
-    lambda s: s["config"].update(net=dict(width=3)),
-    lambda s: s["config"].update(net=7),
-    lambda s: s["config"].pop("data"),
-    lambda s: s["config"].update(real_diversity="x"),
-    lambda s: s["weights"]["net.label.weight"][7].fill_(float("nan")),
-    lambda s: s.update(config=[1]),
-    lambda s: s.update(step=torch.zeros(2)),
-    lambda s: s.update(step=1.5),
-    lambda s: s.update(weights={1: 2}),
+@pytest.mark.parametrize("says, change", [
+    ("not finite", lambda s: s["weights"]["net.first.weight"].fill_(float("nan"))),
+    ("not finite", lambda s: s["weights"]["net.label.weight"][7].fill_(float("nan"))),
+    ("not this code's", lambda s: s["weights"].popitem()),
+    ("not this code's", lambda s: s["config"].update(net=dict(width=3))),
+    ("arch is 'mlp'", lambda s: s["config"].update(arch="mlp")),
+    ("predict is 'v'", lambda s: s["config"].update(predict="v")),
+    ("path is 'x'", lambda s: s["config"].update(path="x")),
+    ("damaged", lambda s: s.pop("weights")),
+    ("damaged", lambda s: s.pop("step")),
+    ("damaged", lambda s: s["config"].update(net=7)),
+    ("damaged", lambda s: s["config"].update(arch=[1])),
+    ("damaged", lambda s: s["config"].pop("data")),
+    ("damaged", lambda s: s["config"].update(real_diversity="x")),
+    ("damaged", lambda s: s.update(config=[1])),
+    ("damaged", lambda s: s.update(step=torch.zeros(2))),
+    ("damaged", lambda s: s.update(step=1.5)),
+    ("damaged", lambda s: s.update(weights={1: 2})),
 ])
-def test_a_forged_checkpoint_is_damaged(run, unet, change, capsys):
+def test_a_forged_checkpoint_is_one_line_that_names_what_is_wrong(run, unet, change, says, capsys):
+    """With a right checksum. Damaged is what has not the form of a checkpoint."""
     forge(unet, change)
     assert run("sample.py --w 1 --n 2 --steps 1 --ckpt forged.pt") == 2
-    assert "damaged" in capsys.readouterr().err
+    assert says in error_line(capsys)
 
 
 def test_a_pickle_never_runs(run, unet):

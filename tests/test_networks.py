@@ -7,18 +7,18 @@ import torch.nn.functional as F
 from torch.distributions import Independent, Normal, kl_divergence
 
 from cfg_min import NULL, cfg_cfm_loss
-from checkpoint import LATENT_OPTIONS
+from chapters.vae import VAE, kl_to_normal, vae_loss
 from conftest import close, distance, randomize
 from dit import Block, DiT, modulate, patchify, positions, unpatchify
 from paths import CondOT
+from support.checkpoint import NETWORKS
 from unet import ResidualLayer, UNet
-from vae import VAE, kl_to_normal, vae_loss
 
 NETWORKS = pytest.mark.parametrize("make, options, shape", [
     (UNet, {}, (1, 32, 32)),
-    (UNet, LATENT_OPTIONS["unet"], (4, 8, 8)),
+    (UNet, NETWORKS["unet"]["latent"], (4, 8, 8)),
     (DiT, {}, (1, 32, 32)),
-    (DiT, LATENT_OPTIONS["dit"], (4, 8, 8)),
+    (DiT, NETWORKS["dit"]["latent"], (4, 8, 8)),
 ], ids=["unet", "latent unet", "dit", "latent dit"])
 Y = torch.tensor([0, 7, NULL])
 

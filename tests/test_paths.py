@@ -8,15 +8,16 @@ import pytest
 import torch
 from torch.func import jvp, vjp, vmap
 
-from cfg_min import cfg_cfm_loss, drop_labels, euler, euler_maruyama, guide, guided_field
-from classifier import NoisyClassifier, classifier_gradient, classifier_guided_field
+from cfg_min import (cfg_cfm_loss, drop_labels, euler, euler_maruyama, guide,
+                     guided_field)
+from chapters.classifier import (NoisyClassifier, classifier_gradient,
+                                 classifier_guided_field)
+from chapters.ddpm import cfg_dsm_loss, ddim
+from chapters.oracle import TWO
 from conftest import ALL_PATHS, MANY, close, double, randomize, tiny
-from ddpm import EpsField, cfg_dsm_loss, ddim
 from dit import DiT
-from oracle import TWO
-from paths import DDPM, CondOT, DataField, GaussianPath
+from paths import DDPM, CondOT, DataField, EpsField, GaussianPath
 from unet import UNet
-
 
 # ---------------------------------------------------------------- derivatives
 
@@ -28,9 +29,9 @@ def make_field(kind):
     path = CondOT()
     return {
         "u": net,
-        "z": DataField(net, path),
+        "z": DataField(net, path, 0.98),
         "eps": EpsField(net, path, bound=3.0),
-        "guided": partial(guided_field, DataField(net, path), w=3.0),
+        "guided": partial(guided_field, DataField(net, path, 0.98), w=3.0),
         "guided by classifier": partial(classifier_guided_field, net, classifier, path, w=3.0),
     }[kind]
 
@@ -93,7 +94,7 @@ def test_time_is_exact_whatever_type_x_has(path, kind):
 
     guided_field(net, z, t, torch.tensor([1, 2]), 3.0)
     assert torch.equal(seen[0], t.repeat(2))
-    for field in (DataField(net, path), EpsField(net, path)):
+    for field in (DataField(net, path, 0.98), EpsField(net, path, 1.0)):
         for s in (0.0, 1.0, 0.998):
             assert field(z, s, torch.tensor([1, 2])).isfinite().all()
 
@@ -110,8 +111,8 @@ def test_integers_are_mixed_as_floats():
 @pytest.mark.parametrize("t", [0.0, 1.0, 1.000001, torch.zeros(6).double(), torch.tensor(1.0)])
 def test_fields_are_finite_where_a_solver_may_ask(path, t, x):
     """u is finite at both ends, and just past them, of a z-network and of an eps-network."""
-    for make in (DataField, EpsField):
-        assert make(lambda x, t, y: 0.5 * x, path)(x, t, MANY).isfinite().all()
+    for make in (DataField, EpsField):          # the bound of t is chosen, or of eps
+        assert make(lambda x, t, y: 0.5 * x, path, 0.999)(x, t, MANY).isfinite().all()
     assert DDPM().beta(double(1.000001)) == 0
 
 
@@ -189,6 +190,6 @@ def test_a_path_with_D_0_trains_and_samples_by_euler():
     field = partial(TWO.u, path, y=Y)
     close(euler(field, x, 400), euler(partial(TWO.u, CondOT(), y=Y), x, 400), 0.02)
     for sampler in (euler_maruyama, ddim):
-        with pytest.raises(ValueError, match="D = .* is 0"):
+        with pytest.raises(ValueError, match="D is 0"):
             sampler(field, x, 10, path=path)
         assert sampler(field, x, 10, path=path, t0=0.1).isfinite().all()

@@ -7,18 +7,17 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoint
-import mnist
-import picture
 import sample
 import train
-import vae
 from cfg_min import NULL, cfg_cfm_loss, euler, euler_maruyama, guided_field
-from classifier import classifier_gradient, classifier_guided_field
+from chapters import vae
+from chapters.classifier import classifier_gradient, classifier_guided_field
+from chapters.ddpm import ddim
+from chapters.samplers import gibbs, heun, predictor_corrector
 from conftest import error_line, randomize, run_line
-from ddpm import ddim
 from paths import CondOT
-from samplers import heun, predictor_corrector
+from support import checkpoint, mnist, picture
+from support.sampling import Noise, arrange, choose_labels
 
 
 def draw(run, line):
@@ -35,9 +34,9 @@ def loud(tmp_path_factory, few):
     folder = tmp_path_factory.mktemp("loud")
     lines = {
         "unet": "train.py --arch unet --predict z",
-        "vae": "vae.py",
+        "vae": "chapters.vae",
         "latent": f"train.py --arch unet --latent {folder}/vae.pt",
-        "classifier": "classifier.py",
+        "classifier": "chapters.classifier",
     }
     for name, line in lines.items():
         assert run_line(f"{line} --steps 1 --batch 2 --out {folder}/{name}.pt", few) == 0
@@ -50,6 +49,11 @@ def loud(tmp_path_factory, few):
 
 def guided(net, w=3.0, away=NULL):
     return partial(guided_field, net, y=Y, w=w, null=away)
+
+
+def within(net, low, high, w=3.0):
+    """The guided field for t in [low, high], the conditional one elsewhere."""
+    return lambda x, t: guided_field(net, x, t, Y, w if low <= t <= high else 1.0)
 
 
 def by_classifier(net, noisy, w=3.0):
@@ -65,7 +69,10 @@ WAYS = {
     "--sampler em": lambda u, c, x, r: euler_maruyama(guided(u), x, 3, PATH, randn=r),
     "--sampler em --sigma 0.5": lambda u, c, x, r: euler_maruyama(
         guided(u), x, 3, PATH, 0.5, randn=r),
-    "--sampler ddim --noise 0.5": lambda u, c, x, r: ddim(guided(u), x, 3, PATH, 0.5, randn=r),
+    "--sampler ddim": lambda u, c, x, r: ddim(guided(u), x, 3, PATH),
+    "--sampler ddpm": lambda u, c, x, r: ddim(guided(u), x, 3, PATH, 1.0, randn=r),
+    "--sampler gibbs": lambda u, c, x, r: gibbs(guided(u, 1), x, 3, PATH, guided(u), randn=r),
+    "--interval 0.2 0.5": lambda u, c, x, r: euler(within(u, 0.2, 0.5), x, 3),
     "--sampler pc": lambda u, c, x, r: predictor_corrector(
         guided(u, 1), x, 3, PATH, guided(u), randn=r),
     "--away-from 8 --w -1e-1": lambda u, c, x, r: euler(guided(u, -0.1, 8), x, 3),
@@ -84,8 +91,8 @@ def check_samples(run, loud, line, way):
     file = f"runs/{'latent' if latent else 'unet'}.pt"
     net, _ = checkpoint.load(file)
     noisy, _ = checkpoint.load("runs/classifier.pt")
-    randn = sample.Noise(5, range(12), (4, 8, 8) if latent else (1, 32, 32))
-    noise = randn(Y)
+    randn = Noise(5, range(12), latent)
+    noise = randn()
     eleventh = np.random.default_rng([5, 11]).standard_normal(randn.shape, np.float32)
     assert torch.equal(noise[11], torch.from_numpy(eleventh))
     with checkpoint.autocast(torch.device("cpu")):
@@ -110,7 +117,7 @@ def test_guidance_mean_moves_each_step_by_the_classifiers_gradient(run, loud):
             return 3 * classifier_gradient(noisy, x, t, Y)
         return ddim(guided(net, 0), x, 3, PATH, noise=1.0, push=push, randn=randn)
 
-    check_samples(run, loud, "--guidance mean --sampler ddim --noise 1", way)
+    check_samples(run, loud, "--guidance mean --sampler ddpm", way)
 
 
 @pytest.mark.parametrize("arch, path, predict", [
@@ -120,10 +127,11 @@ def test_every_way_to_sample_gives_images_of_its_own(run, arch, path, predict):
     """From networks of both kinds, on all paths, whatever they predict."""
     line = f"train.py --arch {arch} --predict {predict} --times logit-normal"
     assert run(f"{line} --path {path} --steps 2 --batch 2 --out a.pt") == 0
-    assert run(f"classifier.py --path {path} --steps 1 --batch 2") == 0
-    ways = "euler", "heun", "em", "em --sigma 1", "ddim --noise 1", "pc", "em --guidance classifier"
+    assert run(f"chapters.classifier --path {path} --steps 1 --batch 2") == 0
+    ways = ("euler", "heun", "em", "em --sigma 1", "ddpm", "pc", "gibbs",
+            "em --guidance classifier")
     images = [draw(run, f"--ckpt a.pt --w 2 --n 2 --sampler {way}")[0] for way in ways]
-    assert len({image.tobytes() for image in images}) >= 6          # eps: Euler's may be Heun's
+    assert len({image.tobytes() for image in images}) >= 7          # eps: Euler's may be Heun's
 
 
 def test_a_sample_depends_on_the_seed_and_its_number_alone(run, unet, monkeypatch):
@@ -146,9 +154,12 @@ def test_the_figure_has_a_panel_a_scale_and_a_row_a_label(run, loud):
         panels.append(picture.panel(np.array(grid, np.uint8), f"w = {w}"))
     assert run(f"sample.py {line} --w 1 3 --n 20 --out a.png") == 0
     assert Path("a.png").read_bytes() == picture.png(np.hstack(panels))
-    y, rows = sample.choose_labels(sample.parse(["--w", "1"]))
-    assert rows == 11
-    assert torch.equal(y, torch.arange(110) % 11)
+    y = choose_labels(None, None, is_picture=True)
+    assert torch.equal(y, torch.cat([torch.arange(100) % 10, torch.full((10,), NULL)]))
+    numbers = torch.arange(110)[:, None, None].expand(-1, 32, 32)
+    grid = arrange(numbers, y)[:, :, 0, 0]
+    assert torch.equal(grid[:10], torch.arange(100).view(10, 10).T)
+    assert torch.equal(grid[10], torch.arange(100, 110))
     without, labels = draw(run, f"{line} --w 3 --n 2 --label null")
     assert labels.tolist() == [NULL, NULL]
     seven, labels = draw(run, f"{line} --w 0 --n 2 --label 7")
@@ -200,8 +211,9 @@ def test_without_ckpt_it_takes_runs_unet_and_says_so(run, unet, capsys):
     ("--ckpt ''", "not a file"),
     ("--ckpt broken.pt", "broken.pt"),
     ("--sigma 1", "--sampler em"),
-    ("--noise 1", "--sampler ddim"),
-    ("--guidance mean", "--noise 1"),
+    ("--interval 0.5 0.2", "LOW"),
+    ("--guidance mean", "--sampler ddpm"),
+    ("--guidance classifier --interval 0 0.5", "--interval"),
     ("--guidance classifier --away-from 3", "--away-from"),
     ("--label 3 --away-from 3", "the same"),
     ("--label 11", "--label"),

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from cfg_min import euler, euler_maruyama, guided_field, times
-from conftest import ALL_PATHS, GAUSS, close, distance, double, labels, moments_of
-from ddpm import ddim
-from oracle import TWO, Mixture, tilted_moments
+from chapters.ddpm import ddim
+from chapters.oracle import TWO, Mixture, tilted_moments
+from chapters.samplers import heun, langevin, predictor_corrector
+from conftest import (ALL_PATHS, GAUSS, close, distance, double, labels,
+                      moments_of)
 from paths import PATHS, CondOT
-from samplers import heun, langevin, predictor_corrector
 
 SAMPLERS = {
     "euler": euler,

@@ -1,4 +1,4 @@
-"""train.py, classifier.py and vae.py as users run them; files, interrupts, processes."""
+"""train.py, chapters.classifier and chapters.vae as users run them; files, interrupts, processes."""
 import os
 import signal
 import subprocess
@@ -12,13 +12,11 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-import checkpoint
-import mnist
 import train
-import training
 from cfg_min import NULL, cfg_cfm_loss
 from conftest import ROOT, error_line, same, weights
 from paths import PATHS, CondOT
+from support import checkpoint, mnist, training
 from unet import UNet
 
 SHORT = "train.py --arch unet --steps 6 --batch 8"
@@ -57,7 +55,7 @@ def grey(run, monkeypatch):
     y = np.arange(1000) % 10
     x = np.broadcast_to(20 * y[:, None, None] + 10, (1000, 28, 28))
     np.savez("grey.npz", x_train=x, y_train=y, x_test=x, y_test=y)
-    monkeypatch.setitem(checkpoint.NETS, "unet", Zero)
+    monkeypatch.setitem(checkpoint.NETWORKS["unet"], "net", f"{__name__}.Zero")
     monkeypatch.setattr(Zero, "calls", [])
     line = "train.py --arch unet --data grey.npz --steps 2 --batch 500 --lr 1e-9 --out a.pt"
     return lambda options: run(f"{line} {options}")
@@ -110,20 +108,20 @@ def test_the_learning_rate_rises_to_lr_and_falls_to_0(steps):
 def test_an_interrupted_run_resumes_to_the_same_bits(run, monkeypatch):
     """Ctrl-C after the second step saves and gives status 130; --resume ends as if nothing was."""
     assert run(f"{SHORT} --out whole.pt") == 0
-    record = training.Run.record
+    record = training.Training.record
 
     def interrupt(self, loss):
         record(self, loss)
         if self.done == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(training.Run, "record", interrupt)
+    monkeypatch.setattr(training.Training, "record", interrupt)
     before = signal.getsignal(signal.SIGINT)
     assert run(f"{SHORT} --out half.pt") == 130
     assert signal.getsignal(signal.SIGINT) == before
     assert checkpoint.read("half.pt")["step"] == 2
     assert Path("half.csv").read_text().count("\n") == 3
-    monkeypatch.setattr(training.Run, "record", record)
+    monkeypatch.setattr(training.Training, "record", record)
     assert run(f"{SHORT} --out half.pt --resume") == 0
     assert same(weights("half.pt"), weights("whole.pt"))
     assert Path("half.csv").read_text() == Path("whole.csv").read_text()
@@ -158,7 +156,7 @@ def test_init_starts_from_the_weights_of_another_run(run, unet):
 
 def test_latent_models_carry_their_autoencoder(run, monkeypatch, tmp_path):
     """A latent model samples from any folder, after its autoencoder's file is gone."""
-    assert run("vae.py --steps 3 --batch 8 --out v.pt") == 0
+    assert run("chapters.vae --steps 3 --batch 8 --out v.pt") == 0
     assert run("train.py --arch dit --latent v.pt --steps 3 --batch 8 --out latent.pt") == 0
     scale = weights("v.pt")["scale"]
     Path("v.pt").unlink()
@@ -170,10 +168,10 @@ def test_latent_models_carry_their_autoencoder(run, monkeypatch, tmp_path):
 
 
 def test_latents_have_variance_1(run, few):
-    """python vae.py sets scale so that the latents of the data have standard deviation 1."""
-    assert run("vae.py --steps 20 --batch 16 --out v.pt") == 0
+    """python chapters.vae sets scale so that the latents of the data have standard deviation 1."""
+    assert run("chapters.vae --steps 20 --batch 16 --out v.pt") == 0
     vae, _ = checkpoint.load("v.pt")
-    latents = train.encode(vae, mnist.load(few)[0], torch.device("cpu"))
+    latents = training.encode(vae, mnist.load(few)[0])
     assert latents.shape == (300, 4, 8, 8)
     assert abs(latents.std() - 1) < 0.02
 
@@ -226,7 +224,7 @@ def test_out_is_tried_before_training_and_destroys_nothing(run, few, unet, out, 
     Path("link.pt").symlink_to("data.pt")
     Path("net.pt").write_bytes(unet.read_bytes())
     os.link("net.pt", "hard.pt")
-    monkeypatch.setattr(training.Run, "steps", None)        # training would be a TypeError
+    monkeypatch.setattr(training.Training, "steps", None)        # training would be a TypeError
     before = {path: path.is_file() and path.read_bytes() for path in Path().iterdir()}
     assert run(f"{SHORT} --out {out}") == 2
     error_line(capsys)

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from command import BadInput
+from support.command import HERE, BadInput, find
 
-FILE = Path(__file__).parent / "data/mnist.npz"
+FILE = HERE / "data/mnist.npz"
 KEYS = "x_train", "y_train", "x_test", "y_test"
 IDX_FILES = ("train-images-idx3-ubyte", "train-labels-idx1-ubyte",
              "t10k-images-idx3-ubyte", "t10k-labels-idx1-ubyte")
@@ -80,7 +80,7 @@ def load(path=FILE):
 
     From an .npz of arrays so named, or a folder of MNIST's four IDX files. Raises BadInput.
     """
-    path = Path(path)
+    path = find(path)
     if path.is_dir():
         arrays = [read_idx(path / name) for name in IDX_FILES]
     else:
@@ -126,7 +126,7 @@ def accuracy(classifier, images, labels):
     """The share of images (N, 1, 32, 32) uint8 to which a noisy classifier, at t = 1, gives their
     label."""
     guesses = [classifier(to_unit(x), 1.0).argmax(1) for x in images.split(500)]
-    return (torch.cat(guesses) == labels).double().mean().item()
+    return (torch.cat(guesses) == labels).float().mean().item()
 
 
 def diversity(images, labels):

@@ -1,4 +1,4 @@
-"""Samplers beyond the notes: Heun's method, Langevin steps, and the predictor-corrector.
+"""Samplers beyond the notes: Heun's method, and two that have guidance without its price.
 
 As in cfg_min.py: field(x, t) -> u has its y and w filled in; x (B, ...) goes from t0 to t = 1.
 """
@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from cfg_min import require, require_same_shape, times, value_at
+from cfg_min import (euler, require, require_finite, require_same_shape, times,
+                     value_at)
 
 
 def heun(field, x, steps, t0=0.0):
@@ -21,19 +22,22 @@ def heun(field, x, steps, t0=0.0):
             u_end = field(x + (s - t) * u, s)
             u = (u + u_end) / 2
         x = x + (s - t) * u
-    return x
+    return require_finite(x)
 
 
 def langevin(field, x, t, path, steps, randn=torch.randn_like):
-    """x <- x + h score + sqrt(2 h) xi, repeated steps times, at a fixed t.
+    """x <- x + h score + sqrt(2 h) xi, repeated steps times, at a fixed t < 1.
 
     x comes to follow the distribution that has this score. h = beta_t^2 / 10, so that h score =
     (alpha_t E[z|x] - x) / 10: no step is large, though near t = 1 the score itself is.
     """
+    require(steps >= 0, f"steps = {steps} is negative")
     h = value_at(path.beta, t)**2 / 10
     for _ in range(steps):
         score = path.u_to_score(field(x, t), x, t)
-        x = x + h * score + math.sqrt(2 * h) * randn(x)
+        xi = randn(x)
+        require_same_shape(xi, x)
+        x = x + h * score + math.sqrt(2 * h) * xi
     return x
 
 
@@ -43,7 +47,7 @@ def predictor_corrector(field, x, steps, path, corrector, corrections=1, t0=0.0,
 
     Both are fields (x, t) -> u. For guidance, field is u_t(x|y) and corrector the guided field. At
     each t the guided field has the score of the tilted distribution p_t(x|y)^w p_t(x)^(1-w), but
-    its flow does not carry that of t into that of s (oracle.py shows it). Langevin steps at s
+    its flow does not carry that of t into that of s (docs/guidance.md). Langevin steps at s
     lead there; more corrections and steps lead nearer.
     Bradley & Nakkiran 2024, arXiv 2408.09000; Song et al. 2021, arXiv 2011.13456.
     """
@@ -54,4 +58,24 @@ def predictor_corrector(field, x, steps, path, corrector, corrections=1, t0=0.0,
         x = x + (s - t) * u
         if s < 1:                               # at t = 1 the score is infinite
             x = langevin(corrector, x, s, path, corrections, randn)
+    return require_finite(x)
+
+
+def gibbs(field, x, steps, path, corrector, middle=0.5, rounds=1, t0=0.0, randn=torch.randn_like):
+    """Draw with field; then, in each round, noise the draw to t = middle and denoise it again.
+
+    Both are fields (x, t) -> u. For guidance, field is u_t(x|y) and corrector, which denoises, the
+    guided field. So guidance acts only after t = middle, on points that p_t(x|y) has, and never
+    aims too far while x is nearly noise (docs/guidance.md). Of the steps, three in five draw; each
+    round takes the other two.
+    Gibbs-like guidance, Moufad et al. 2025, arXiv 2505.21101.
+    """
+    require(steps >= 2, f"steps = {steps}: at least two are needed, one to draw, one to denoise")
+    require(0 <= middle < 1, f"middle = {middle} is not in [0, 1)")
+    again = max(1, round(0.4 * steps))
+    x = euler(field, x, steps - again, t0)
+    for _ in range(rounds):
+        eps = randn(x)
+        x = path.sample(x, eps, middle)
+        x = euler(corrector, x, again, middle)
     return x

@@ -1,6 +1,6 @@
 """What surrounds a training loop: options, where a run stands, progress, files, processes.
 
-    run = Run(options, config, net, optimizer, schedule)
+    run = Training(options, config, net, optimizer, schedule)
     for step in run.steps():        # from where the run stands; shows progress, saves, minds Ctrl-C
         ...                         # one step, as train.py writes it out
         run.record(loss)
@@ -13,28 +13,31 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-import checkpoint
-import mnist
-from command import (BadInput, Interrupt, Progress, number, processes, say, try_place,
-                     write_whole)
-
+from support import checkpoint, mnist
+from support.checkpoint import NETWORKS
+from support.command import (BadInput, Interrupt, Progress, file_name, find,
+                             number, processes, say, try_place, write_whole)
 
 HEADER = "step,loss\n"         # of the log
 
 
-def add_options(parser, out, steps=None, batch=None, lr=None):
-    """The options of every training command."""
+def add_options(parser, arch=None):
+    """The options of every training command; arch: the network, where the command trains one only.
+    """
     add = parser.add_argument
     many = number(int, 1, 1e9)
-    add("--steps", type=many, default=steps, help=f"how many ({steps or 'see below'})")
-    add("--batch", type=many, default=batch, help=f"images a step ({batch or 'see below'})")
-    add("--lr", type=number(float, 1e-9, 1e3), default=lr,
-        help=f"peak learning rate ({lr or 'see below'})")
+    own = NETWORKS[arch] if arch else dict.fromkeys(("steps", "batch", "lr"))
+    out = f"runs/{arch}.pt" if arch else None
+    add("--steps", type=many, default=own["steps"], help=f"how many ({own['steps'] or 'see below'})")
+    add("--batch", type=many, default=own["batch"],
+        help=f"images a step ({own['batch'] or 'see below'})")
+    add("--lr", type=number(float, 1e-9, 1e3), default=own["lr"],
+        help=f"peak learning rate ({own['lr'] or 'see below'})")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of all that is random (0)")
-    add("--data", default=mnist.FILE, metavar="FILE|DIR",
+    add("--data", type=file_name, default=mnist.FILE, metavar="FILE|DIR",
         help=".npz, or a folder of IDX files: images of 28x28, labels of 0 to 9 (MNIST)")
-    add("--init", metavar="FILE.pt", help="start from the weights of this checkpoint")
-    add("--out", default=out, metavar="FILE.pt", help=f"({out or 'runs/<arch>.pt'})")
+    add("--init", type=file_name, metavar="FILE.pt", help="start from the weights of this checkpoint")
+    add("--out", type=file_name, default=out, metavar="FILE.pt", help=f"({out or 'runs/<arch>.pt'})")
     add("--resume", action="store_true", help="go on from --out, if it is there")
     add("--save-every", type=many, default=500, metavar="N", help="save every N steps (500)")
     add("--device", help="as torch names it: cpu, cuda, mps (cuda where there is one, else cpu)")
@@ -50,7 +53,7 @@ def prepare_out(options, *inputs):
         raise BadInput(f"--out {options.out!r}: expected the name of a file that ends in .pt")
     try_place(out)
     if out.exists():
-        places = [checkpoint.find(file) for file in inputs if file]
+        places = [find(file) for file in inputs if file]
         if any(place.exists() and out.samefile(place) for place in places):
             raise BadInput(f"--out {out} is an input of this run: choose another --out")
         saved = checkpoint.read(out)
@@ -83,6 +86,12 @@ def rise_and_fall(optimizer, lr, steps):
                                                cycle_momentum=False)
 
 
+def share_of_batch(batch):
+    """How many images of a batch this process takes."""
+    _, world = processes()
+    return batch // world
+
+
 def seed_of(seed, step, rank):
     """The seed of a step's random numbers, a function of these three alone."""
     return int(np.random.SeedSequence([seed, step, rank]).generate_state(1)[0])
@@ -98,7 +107,7 @@ def share_gradients(net):
     return torch.nn.parallel.DistributedDataParallel(net)
 
 
-class Run:
+class Training:
     """A run of training, from new weights, --init's weights, or where --out stands (--resume).
 
     Its random numbers depend on (seed, step, process) alone, so on a CPU a resumed run equals one
@@ -157,31 +166,42 @@ class Run:
             lines = log.read_text(errors="replace").splitlines(keepends=True)
             self.log = "".join(lines[:1 + self.done])
 
+    def was_finished(self):
+        """Whether there was nothing left to do."""
+        return self.first == self.config["steps"]
+
     def steps(self):
         """The numbers of the steps to take. Raises KeyboardInterrupt after Ctrl-C, BadInput where
-        the weights are not finite any more."""
+        the weights are not finite any more.
+
+        After the last step nothing is saved: the caller may still change the network, then calls
+        finish().
+        """
         total = self.config["steps"]
         rank, _ = processes()
         progress = Progress(total, self.done)
         shown = self.done
-        with Interrupt() as self.interrupt:
+        with Interrupt() as interrupt:
             for step in range(self.done, total):
                 torch.manual_seed(seed_of(self.config["seed"], step, rank))
                 yield step
                 self.done = step + 1
-                stop = self.agree(self.interrupt.asked)
+                stop = self.agree(interrupt.asked)
                 if progress.is_due() or self.done == total:
                     self.check_weights()
                     recent = torch.stack(self.losses[shown - self.done:])
                     progress.show(self.done, f"loss {recent.mean():.4f}  ")
                     shown = self.done
+                if self.done == total:
+                    break
                 if stop or self.done % self.save_every == 0:
                     self.save()
                     shown = self.done
                 if stop:
+                    say(f"\nsaved step {self.done} of {total} to {self.out}; the same command with "
+                        "--resume goes on")
                     raise KeyboardInterrupt
-        if progress.terminal:
-            say("")                             # the line of progress stays
+        progress.keep()
 
     def agree(self, asked):
         """Whether any process was asked to stop: all stop after the same step."""
@@ -221,12 +241,19 @@ class Run:
         if self.done < self.config["steps"]:
             saved["optimizer"] = self.optimizer.state_dict()
             saved["schedule"] = self.schedule.state_dict()
-        write_whole(self.out.with_suffix(".csv"), self.log.encode())
-        checkpoint.save(self.out, saved)
+        log = self.out.with_suffix(".csv")
+        is_first = not log.exists()
+        write_whole(log, self.log.encode())
+        try:
+            checkpoint.save(self.out, saved)
+        except OSError:                         # a full disk: no log without a checkpoint
+            if is_first:
+                log.unlink()
+            raise
 
     def finish(self):
         """Write the finished checkpoint, if there was anything left to do."""
-        if self.first == self.config["steps"]:
+        if self.was_finished():
             say(f"{self.out} is finished: {self.first} steps are done; to train longer: "
                 f"--init {self.out} --out OTHER.pt")
         else:
@@ -236,25 +263,30 @@ class Run:
             dist.destroy_process_group()
 
 
-def fit(options, config, images, labels, compute_loss):
-    """Train the network of a config with compute_loss(net, z, y): train.py's loop, for any loss.
+# ---------------------------------------------------------------- latents
 
-    Returns the network and its run, which the caller finishes.
+@torch.no_grad()
+def encode(vae, images):
+    """images (N, 1, 32, 32) uint8 -> latents (N, 4, 8, 8) of variance 1."""
+    latents = []
+    with checkpoint.autocast(images.device):
+        for x in images.split(500):
+            latents.append(vae.encode(mnist.to_unit(x)).float())
+    return torch.cat(latents)
+
+
+def load_latents(file, config, images):
+    """The latents of images by the autoencoder in file, and what the checkpoint keeps of it.
+
+    config becomes that of a latent model. Raises BadInput.
     """
-    torch.manual_seed(options.seed)
-    net = checkpoint.build(config).to(images.device)
-    optimizer = torch.optim.AdamW(net.parameters(), options.lr)
-    schedule = rise_and_fall(optimizer, options.lr, options.steps)
-    run = Run(options, config, net, optimizer, schedule)
-    shared = share_gradients(net)
-    _, world = processes()
-    for step in run.steps():
-        z, y = mnist.draw_batch(images, labels, options.batch // world)
-        with checkpoint.autocast(images.device):
-            loss = compute_loss(shared, z, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        run.record(loss)
-    return net, run
+    vae, vae_config = checkpoint.load(file, images.device)
+    if vae_config["arch"] != "vae":
+        raise BadInput(f"--latent {file}: not an autoencoder of chapters/vae.py")
+    if vae_config["step"] < vae_config["steps"]:
+        raise BadInput(f"--latent {file}: step {vae_config['step']} of {vae_config['steps']}; "
+                       f"python -m chapters.vae --resume --out {file} finishes it")
+    autoencoder = dict(config=vae_config, weights=vae.state_dict())
+    config["net"] = NETWORKS[config["arch"]]["latent"]
+    config["latent"] = checkpoint.checksum_of(autoencoder["weights"])
+    return encode(vae, images), autoencoder

@@ -4,7 +4,7 @@ Lecture 4, before classifier-free guidance; DDPM lecture, "Classifier guidance".
 grad log p_t(x|y) = grad log p_t(x) + grad log p_t(y|x): a classifier of noisy images is all that an
 unconditional network lacks.
 
-`python classifier.py` trains one, to runs/classifier.pt. sample.py guides with it
+`python -m chapters.classifier` trains one, to runs/classifier.pt. sample.py guides with it
 (--guidance classifier), and prints how many samples it gives their label.
 """
 import sys
@@ -14,11 +14,8 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cfg_min import NULL, add_axes, require_label_each, require_same_shape
-from command import say
-from mnist import accuracy
-from paths import one_per_sample
-from unet import Encoder, Midcoder, TimeEmbedding
+from cfg_min import NULL, apply, check_inputs, scale_each
+from unet import FEATURES, Encoder, ResidualStack, waves
 
 
 class NoisyClassifier(nn.Module):
@@ -29,15 +26,15 @@ class NoisyClassifier(nn.Module):
 
     def __init__(self, channels=(32, 64, 64), layers=1, in_channels=1, E=128):
         super().__init__()
-        self.time = TimeEmbedding(E)
+        self.time = nn.Sequential(nn.Linear(FEATURES, E), nn.SiLU(), nn.Linear(E, E))
         self.first = nn.Conv2d(in_channels, channels[0], kernel_size=5, stride=2, padding=2)
         self.encoders = nn.ModuleList(Encoder(c, d, layers, E) for c, d in pairwise(channels))
-        self.midcoder = Midcoder(channels[-1], layers, E)
+        self.midcoder = ResidualStack(channels[-1], layers, E)
         self.norm = nn.GroupNorm(8, channels[-1])
         self.last = nn.Linear(channels[-1], 10)
 
     def forward(self, x, t):
-        e = F.silu(self.time(t, x))             # (B, E)
+        e = F.silu(self.time(waves(t, x)))             # (B, E)
         h = self.first(x)                       # (B, 32, 16, 16)
         for encoder in self.encoders:
             h, _ = encoder(h, e)                # (B, 64, 8, 8), then (B, 64, 4, 4)
@@ -59,8 +56,7 @@ def classifier_loss(classifier, path, z, y):
 @torch.inference_mode(False)                    # in it torch.func.grad gives 0, up to torch 2.11
 def classifier_gradient(classifier, x, t, y, null=NULL):
     """grad log p_t(y|x), like x; 0 where y is null. classifier(x, t) -> logits (B, classes)."""
-    require_label_each(y, x)
-    t = one_per_sample(t, x)
+    t = check_inputs(x, t, y, null)
     labelled = y != null
     index = torch.where(labelled, y, 0)[:, None]            # (B, 1)
 
@@ -76,10 +72,9 @@ def classifier_guided_field(net, classifier, path, x, t, y, w, null=NULL):
     w: a number or (B,). b_t is that of u = a_t x + b_t score.
     Lecture 4, "guidance with classifier"; DDPM lecture, the second "Guided sampling".
     """
-    u = net(x, one_per_sample(t, x), torch.full_like(y, null))
-    require_same_shape(u, x)
+    u = apply(net, x, check_inputs(x, t, y, null), torch.full_like(y, null))
     _, b = path.a_b(t, x)
-    return u + add_axes(w, x) * b * classifier_gradient(classifier, x, t, y, null)
+    return u + scale_each(w, x) * b * classifier_gradient(classifier, x, t, y, null)
 
 
 def measure_label_errors(net, path, z, t, eps, labels=10):
@@ -104,25 +99,23 @@ def likelihood_weight(path, t):
     an error of z is weighted by half the slope of the signal-to-noise ratio alpha^2 / beta^2
     (Kingma et al. 2021, arXiv 2107.00630). An error of z is beta / D times that of u.
     """
-    alpha, beta = path.alpha(t), path.beta(t)
-    return alpha / (beta * (path.d_alpha(t) * beta - alpha * path.d_beta(t)))
+    return path.alpha(t) / (path.beta(t) * path.D(t))
 
 
 def main(argv=None):
-    from checkpoint import pick_device
-    from command import Parser
-    from mnist import load
     from paths import PATHS
-    from training import add_options, describe, fit, prepare_out
+    from support import checkpoint, mnist
+    from support.command import Parser, say
+    from support.training import add_options, describe, prepare_out
+    from train import fit
 
-    p = Parser(description="Train a noisy classifier, p(y|x_t).")
-    add_options(p, out="runs/classifier.pt", steps=1800, batch=128, lr=2e-3)
+    p = Parser(prog="python -m chapters.classifier", description="Train a noisy classifier, p(y|x_t).")
+    add_options(p, "classifier")
     p.add_argument("--path", choices=PATHS, default="condot", help="probability path (condot)")
     options = p.parse_args(argv)
-    device = pick_device(options.device)
+    device = checkpoint.pick_device(options.device)
     prepare_out(options, options.data, options.init)
-    data = load(options.data)
-    images, labels, x_test, y_test = data
+    images, labels, x_test, y_test = data = mnist.load(options.data)
     config = describe(options, "classifier", data, path=options.path)
 
     def compute_loss(classifier, z, y):
@@ -130,10 +123,10 @@ def main(argv=None):
 
     classifier, run = fit(options, config, images.to(device), labels.to(device), compute_loss)
     run.finish()
-    share = accuracy(classifier.eval(), x_test.to(device), y_test.to(device))
+    share = mnist.accuracy(classifier.eval(), x_test.to(device), y_test.to(device))
     say(f"accuracy on the test images, at t = 1: {100 * share:.2f} %")
 
 
 if __name__ == "__main__":
-    from command import run
-    sys.exit(run(main))
+    from support.command import execute
+    sys.exit(execute(main))

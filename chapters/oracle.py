@@ -1,6 +1,6 @@
 """What a perfect network would return: exact fields of a labelled mixture of Gaussians.
 
-`python oracle.py` guides with these fields and prints what w does; no network, no training.
+`python -m chapters.oracle` guides with these fields and prints what w does; no network, no training.
 
 The data are K Gaussians, component k with probability weight_k and label label_k:
 
@@ -22,10 +22,11 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from cfg_min import (NULL, euler, euler_maruyama, euler_maruyama_step, guide, guided_field, times)
-from command import Parser, run
+from cfg_min import (NULL, euler, euler_maruyama, euler_maruyama_step, guide,
+                     guided_field, times)
+from chapters.samplers import predictor_corrector
 from paths import CondOT
-from samplers import predictor_corrector
+from support.command import Parser, execute
 
 
 class Mixture:
@@ -212,9 +213,9 @@ def print_table(scales=(0, 1, 2, 3, 5, 8), n=4000, steps=400):
 
 
 def main(argv=None):
-    Parser(description="What guidance with scale w does, exactly.").parse_args(argv)
+    Parser(prog="python -m chapters.oracle", description="What guidance with scale w does, exactly.").parse_args(argv)
     print_table()
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(execute(main))

@@ -1,5 +1,6 @@
 """What all commands share: errors in one line, checked numbers, whole files, progress, Ctrl-C."""
 import argparse
+import glob
 import os
 import re
 import shutil
@@ -11,20 +12,27 @@ from pathlib import Path
 
 import torch
 
+HERE = Path(__file__).parent.parent             # the clone
+
 
 class BadInput(ValueError):
     """The user's input is wrong, and the text says what to do: one line on stderr, status 2."""
 
 
-def run(main):
+def execute(main):
     """main()'s exit status; 2, and one line, for bad input, a full disk or memory; 130 for Ctrl-C.
 
-    It is 1, without a line, where stdout's reader goes away too early.
+    It is 1, without a line, where stdout's reader goes away too early, or --help cannot be shown.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")   # names that a terminal cannot show
+    helped = False
     try:
-        status = main()
+        try:
+            status = main()
+        except SystemExit as end:               # of argparse
+            status = end.code
+            helped = status == 0
         if sys.stdout:
             sys.stdout.flush()                  # a full disk shows here, not at exit
         return status
@@ -34,6 +42,9 @@ def run(main):
         silence_stdout()
         return 1
     except (BadInput, OSError) as error:
+        if helped:
+            silence_stdout()
+            return 1
         complain(error)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -73,6 +84,12 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
+def file_name(string):
+    """An argparse type: a file's name, in which ~ is the home folder (the shell expands it only
+    where it stands first in a word)."""
+    return os.path.expanduser(string)
+
+
 def number(kind, low, high):
     """An argparse type: a number of that kind in [low, high]."""
     def check(string):
@@ -84,13 +101,25 @@ def number(kind, low, high):
     return check
 
 
+def find(file):
+    """The place of a file as this process sees it; weights/ and data/ are found from anywhere."""
+    file = Path(file)
+    if not file.exists() and str(file.parent) in ("weights", "data"):
+        return HERE / file
+    return file
+
+
 def write_whole(path, data):
     """Write bytes under a temporary name, then rename: path is whole or stays as it was.
 
-    A symbolic link stays one: the file that it leads to is written.
+    A symbolic link stays one: the file that it leads to is written. What a killed process left
+    under such a name is removed when it is an hour old.
     """
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        if left.is_file() and time.time() - left.stat().st_mtime > 3600:
+            left.unlink(missing_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(data)
@@ -127,10 +156,14 @@ def processes():
 
 
 def say(text, end="\n"):
-    """Print, in the first process only."""
+    """Print, in the first process only. Where nobody can read it any more, work goes on in silence.
+    """
     alone = os.environ.get("WORLD_SIZE", "1") == "1"
     if alone or os.environ.get("RANK", "0") == "0":
-        print(text, end=end, flush=True)
+        try:
+            print(text, end=end, flush=True)
+        except OSError:                         # a terminal or a pipe that went away
+            silence_stdout()
 
 
 class Progress:
@@ -139,7 +172,7 @@ class Progress:
     def __init__(self, steps, done=0, unit="step"):
         self.steps = steps
         self.unit = unit
-        self.terminal = os.isatty(1)
+        self.terminal = sys.stdout is not None and sys.stdout.isatty()
         self.began = time.monotonic()
         self.shown = self.began
         self.first = done
@@ -149,13 +182,19 @@ class Progress:
 
     def show(self, done, text=""):
         self.shown = time.monotonic()
-        rate = (done - self.first) / (self.shown - self.began)
-        left = (self.steps - done) / rate
+        seconds = max(self.shown - self.began, 1e-3)        # a clock may stand still
+        rate = (done - self.first) / seconds
+        left = (self.steps - done) / max(rate, 1e-9)
         line = (f"{self.unit} {done}/{self.steps}  {text}{rate:.1f} {self.unit}s/s  "
                 f"{left:.0f} s left")
         if self.terminal:                       # cut to the width, over the line before
             line = f"\r{line[:shutil.get_terminal_size().columns - 1]}\033[K"
         say(line, end="" if self.terminal else "\n")
+
+    def keep(self):
+        """Let the line of progress stay."""
+        if self.terminal:
+            say("")
 
     def wipe(self):
         if self.terminal:
@@ -163,7 +202,10 @@ class Progress:
 
 
 class Interrupt:
-    """While it is open, the first Ctrl-C or SIGTERM is noted, and a second one stops at once."""
+    """While it is open, the first Ctrl-C, SIGTERM or SIGHUP is noted; a second one stops at once.
+
+    A signal that the parent process ignores, as nohup does, stays ignored.
+    """
 
     def __init__(self):
         self.asked = False
@@ -171,8 +213,12 @@ class Interrupt:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():   # others get no signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self.before[number] = signal.signal(number, self.note)
+            kinds = [signal.SIGINT, signal.SIGTERM]
+            if hasattr(signal, "SIGHUP"):       # Windows has none
+                kinds.append(signal.SIGHUP)
+            for number in kinds:
+                if signal.getsignal(number) != signal.SIG_IGN:
+                    self.before[number] = signal.signal(number, self.note)
         return self
 
     def note(self, number, frame):

@@ -1,20 +1,19 @@
-"""The DDPM view: networks that predict noise, their loss, and the samplers of DDIM and DDPM.
+"""The DDPM view: the loss of networks that predict noise, and the samplers of DDIM and DDPM.
 
 DDPM lecture, the notes on guidance for diffusion models. In our letters alpha = sqrt(abar),
 beta = sqrt(1 - abar) and t = 1 - t_DDPM / T; gamma is w. The lecture has two guided samplings. The
 first moves the mean of each step: push, below. The second corrects eps by
--w beta_t grad log p_t(y|x): that is classifier.classifier_guided_field, since
+-w beta_t grad log p_t(y|x): that is classifier_guided_field of classifier.py, since
 u = a_t x + b_t score and score = -eps / beta_t.
 """
 import math
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 
-from cfg_min import (NULL, drop_labels, require, require_label_each, require_same_shape, times,
-                     value_at)
-from paths import one_per_sample
+from cfg_min import (NULL, apply, draw_times, drop_labels, require,
+                     require_finite, require_label_each, require_same_shape,
+                     times, value_at)
 
 
 def cfg_dsm_loss(net, path, z, y, eta=0.1, t=None, null=NULL):
@@ -24,38 +23,12 @@ def cfg_dsm_loss(net, path, z, y, eta=0.1, t=None, null=NULL):
     is beta_t times that of the score: this is L_DSM^CFG of Lecture 4, each t weighted by beta_t^2.
     DDPM lecture, "Training".
     """
-    require_label_each(y, z)
+    require_label_each(y, z, null)
     y = drop_labels(y, eta, null)
-    if t is None:
-        t = torch.rand(len(z), device=z.device)
+    t = draw_times(z, t)
     eps = torch.randn_like(z)
     x = path.sample(z, eps, t)
-    eps_theta = net(x, t, y)
-    require_same_shape(eps_theta, x)
-    return F.mse_loss(eps_theta, eps)
-
-
-class EpsField(nn.Module):
-    """A network that predicts eps, as a vector field: eps gives z, and z, clamped, gives u.
-
-    net(x, t, y) -> eps. Where alpha is small, a small error of eps is a large one of z, so z is
-    clamped to [-bound, bound]; Ho et al. 2020. The formulas clamp t to [first_t, last_t]; net
-    gets the true t.
-    """
-
-    def __init__(self, net, path, bound=1.0, first_t=0.001, last_t=0.999):
-        super().__init__()
-        self.net = net
-        self.path = path
-        self.bound = bound
-        self.first_t = first_t
-        self.last_t = last_t
-
-    def forward(self, x, t, y):
-        eps = self.net(x, t, y)
-        t = one_per_sample(t, x).clamp(self.first_t, self.last_t)
-        z = self.path.eps_to_data(eps, x, t).clamp(-self.bound, self.bound)
-        return self.path.data_to_u(z, x, t)
+    return F.mse_loss(apply(net, x, t, y), eps)
 
 
 def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_like):
@@ -83,7 +56,16 @@ def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_
         sigma = noise * math.sqrt(max(variance, 0))         # rounding may leave less than 0
         x = alpha_s * z + math.sqrt(max(beta_s**2 - sigma**2, 0)) * eps
         if push is not None:
-            x = x + sigma**2 * push(x, s)
+            pushed = push(x, s)
+            require_same_shape(pushed, x)
+            x = x + sigma**2 * pushed
         if noise:
-            x = x + sigma * randn(x)
-    return x
+            xi = randn(x)
+            require_same_shape(xi, x)
+            x = x + sigma * xi
+    return require_finite(x)
+
+
+def ancestral(field, x, steps, path, push=None, t0=0.0, randn=torch.randn_like):
+    """DDPM's ancestral sampler: ddim with noise = 1. DDPM lecture, "Sampling"; Ho et al. 2020."""
+    return ddim(field, x, steps, path, 1.0, push, t0, randn)

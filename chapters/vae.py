@@ -1,7 +1,7 @@
 """The small autoencoder of latent diffusion: images (B, 1, 32, 32), latents (B, 4, 8, 8).
 
 Lecture 4, "Generative Modeling in Latent Space": the generative model works on the latents of a
-variational autoencoder (VAE). `python vae.py` trains one, to runs/vae.pt; then
+variational autoencoder (VAE). `python -m chapters.vae` trains one, to runs/vae.pt; then
 `python train.py --arch dit --latent runs/vae.pt`.
 """
 import sys
@@ -9,8 +9,7 @@ import sys
 import torch
 import torch.nn as nn
 
-from command import say
-from mnist import to_unit
+from support.mnist import to_unit
 
 
 def block(c_in, c_out):
@@ -90,31 +89,31 @@ def measure(net, images):
 
 
 def main(argv=None):
-    from checkpoint import pick_device
-    from command import Parser
-    from mnist import load
-    from training import add_options, describe, fit, prepare_out
+    from support import checkpoint, mnist
+    from support.command import Parser, say
+    from support.training import add_options, describe, prepare_out
+    from train import fit
 
-    p = Parser(description="Train the autoencoder of latent diffusion.")
-    add_options(p, out="runs/vae.pt", steps=4000, batch=128, lr=4e-3)
+    p = Parser(prog="python -m chapters.vae", description="Train the autoencoder of latent diffusion.")
+    add_options(p, "vae")
     options = p.parse_args(argv)
-    device = pick_device(options.device)
+    device = checkpoint.pick_device(options.device)
     prepare_out(options, options.data, options.init)
-    data = load(options.data)
-    images, labels, x_test, y_test = data
+    images, labels, x_test, y_test = data = mnist.load(options.data)
     config = describe(options, "vae", data)
 
     def compute_loss(net, z, y):
         return vae_loss(net, z)
 
     net, run = fit(options, config, images.to(device), labels.to(device), compute_loss)
-    _, std = measure(net, images[:10000].to(device))
-    net.scale /= std                            # now the latents have variance 1
+    if not run.was_finished():
+        _, std = measure(net, images[:10000].to(device))
+        net.scale /= std                        # now the latents have variance 1
     run.finish()
     error, _ = measure(net, x_test.to(device))
     say(f"mean squared error of the test images: {error:.4f}")
 
 
 if __name__ == "__main__":
-    from command import run
-    sys.exit(run(main))
+    from support.command import execute
+    sys.exit(execute(main))

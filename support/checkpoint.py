@@ -4,47 +4,55 @@ A checkpoint is a dict: config (all that its run depends on, as train.py lists i
 and a checksum of all that is in it. That of a latent model has its autoencoder as well (config and
 weights). Until the last step it has what --resume needs: optimizer, schedule.
 """
-import contextlib
+import importlib
+import inspect
 import io
 import json
 import os
 import warnings
 import zlib
-from pathlib import Path
 
 import torch
 
-from classifier import NoisyClassifier
-from command import BadInput, write_whole
-from ddpm import EpsField
-from dit import DiT
-from paths import PATHS, DataField
-from unet import UNet
-from vae import VAE
+from paths import PATHS, DataField, EpsField
+from support.command import BadInput, find, write_whole
 
-HERE = Path(__file__).parent
-NETS = {"unet": UNet, "dit": DiT, "classifier": NoisyClassifier, "vae": VAE}
 PIXELS_SHAPE = 1, 32, 32
 LATENT_SHAPE = 4, 8, 8
-LATENT_OPTIONS = {                              # of the networks that work on latents
-    "unet": dict(in_channels=4, channels=(64, 128), stride=1),
-    "dit": dict(in_channels=4, size=8, patch=1),
+
+# A network by its dotted name; the defaults of --steps, --batch and --lr; what differs on latents.
+NETWORKS = {
+    "unet": dict(net="unet.UNet", steps=2000, batch=128, lr=2e-3,
+                 latent=dict(in_channels=4, channels=(64, 128), stride=1)),
+    "dit": dict(net="dit.DiT", steps=4200, batch=64, lr=1e-3,
+                latent=dict(in_channels=4, size=8, patch=1)),
+    "classifier": dict(net="chapters.classifier.NoisyClassifier", steps=1800, batch=128, lr=2e-3),
+    "vae": dict(net="chapters.vae.VAE", steps=4000, batch=128, lr=4e-3),
 }
+PREDICTIONS = "u", "z", "eps"
+GENERATORS = [name for name in NETWORKS if name not in ("classifier", "vae")]
+LAST_T = 0.9999         # of a field for sampling; paths.py, "networks that predict z or eps"
 
 
-def build(config):
-    """The untrained network of a config. A U-Net or DiT is a vector field, net(x, t, y) -> u."""
-    net = NETS[config["arch"]](**config["net"])
+def find_by_name(dotted):
+    """A class or function: "unet.UNet" is UNet of unet.py."""
+    module, name = dotted.rsplit(".", 1)
+    return getattr(importlib.import_module(module), name)
+
+
+def build(config, last_t=LAST_T):
+    """The untrained network of a config. A generator is a vector field, net(x, t, y) -> u.
+
+    last_t: the latest t in the formula of u, where the network itself predicts z.
+    """
+    net = find_by_name(NETWORKS[config["arch"]]["net"])(**config["net"])
     net.float()                                 # whatever torch.set_default_dtype says
-    if config["arch"] == "vae":
-        return net
-    path = PATHS[config["path"]]
     predict = config["predict"]
     if predict == "z":
-        return DataField(net, path)
+        return DataField(net, PATHS[config["path"]], last_t)
     if predict == "eps":                        # pixels lie in [-1, 1], latents hardly beyond 4
-        return EpsField(net, path, bound=4.0 if config["latent"] else 1.0)
-    if predict in ("u", None):                  # None: a classifier
+        return EpsField(net, PATHS[config["path"]], bound=4.0 if config["latent"] else 1.0)
+    if predict in ("u", None):                  # None: a classifier or an autoencoder
         return net
     raise ValueError(f"predict = {predict}")
 
@@ -53,11 +61,12 @@ def use_once(net, config):
     """What net returns for one image of zeros, or for one latent."""
     shape = LATENT_SHAPE if config["latent"] else PIXELS_SHAPE
     x = torch.zeros(1, *shape, dtype=torch.float32)
+    t = torch.full((1,), 0.5, dtype=torch.float32)
     if config["arch"] == "vae":
         return net.decode(net.encode(x))
     if config["arch"] == "classifier":
-        return net(x, 0.5)
-    return net(x, 0.5, torch.zeros(1, dtype=torch.int64))
+        return net(x, t)
+    return net(x, t, torch.zeros(1, dtype=torch.int64))
 
 
 # ---------------------------------------------------------------- files
@@ -83,15 +92,7 @@ def save(file, saved):
 
 
 def damaged(file):
-    return BadInput(f"{file}: it is not a checkpoint of this project, or is damaged, or its "
-                    "network is not this code's")
-
-
-def find(file):
-    """The place of a checkpoint; weights/ is found from anywhere."""
-    if not Path(file).is_file() and (HERE / file).is_file():
-        return HERE / file
-    return Path(file)
+    return BadInput(f"{file}: not a checkpoint of this project, or damaged")
 
 
 def are_finite(weights):
@@ -108,13 +109,7 @@ def read(file):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")     # torch warns of pickles, then refuses them
             saved = torch.load(place, map_location="cpu", weights_only=True)
-        if saved.pop("checksum") != checksum_of(saved):
-            raise ValueError
-        json.dumps(saved["config"])             # plain data
-        step = saved["step"]
-        if not isinstance(step, int) or not 0 < step <= saved["config"]["steps"]:
-            raise ValueError
-        if not saved["weights"]:
+        if saved.pop("checksum") != checksum_of(saved) or not is_whole(saved):
             raise ValueError
     except (MemoryError, PermissionError):
         raise
@@ -123,19 +118,38 @@ def read(file):
     return saved
 
 
+def is_whole(saved):
+    """Whether a checkpoint has its parts, each of its kind; raises anything where it has not."""
+    config, step = saved["config"], saved["step"]
+    json.dumps(config)                          # plain data
+    names = [config["arch"], *(config[key] or "" for key in ("path", "predict"))]
+    return (all(isinstance(name, str) for name in names) and isinstance(config["net"], dict)
+            and isinstance(config["data"], int) and isinstance(config["real_diversity"], float)
+            and isinstance(step, int) and 0 < step <= config["steps"] and saved["weights"]
+            and all(isinstance(value, torch.Tensor) for value in saved["weights"].values()))
+
+
 def rebuild(config, weights, file):
-    """The network of a checkpoint, tried once, in evaluation mode. Raises BadInput."""
+    """The network of a checkpoint, tried once, in evaluation mode.
+
+    Raises BadInput where this code has no such network. What a network itself raises goes through.
+    """
+    for key, known in (("arch", NETWORKS), ("path", PATHS), ("predict", PREDICTIONS)):
+        if config[key] is not None and config[key] not in known:
+            raise BadInput(f"{file}: its {key} is {config[key]!r}; known here: {', '.join(known)}")
+    make = find_by_name(NETWORKS[config["arch"]]["net"])
     try:
+        inspect.signature(make).bind(**config["net"])
         net = build(config)
         net.load_state_dict(weights)
-        net.eval()
-        with torch.no_grad():
-            finite = use_once(net, config).isfinite().all()
-        known = "data" in config and isinstance(config["real_diversity"], float)
-        if not finite or not are_finite(weights) or not known:
-            raise ValueError
-    except Exception:                           # a damaged config may fail anywhere
-        raise damaged(file) from None
+    except (TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise BadInput(f"{file}: its {config['arch']} is not this code's: {reason}") from None
+    net.eval()
+    with torch.no_grad():
+        finite = use_once(net, config).isfinite().all()
+    if not finite or not are_finite(weights):
+        raise BadInput(f"{file}: its network gives values that are not finite: train another")
     return net
 
 
@@ -156,7 +170,7 @@ def load_autoencoder(file, device="cpu"):
     if not isinstance(autoencoder, dict) or autoencoder.keys() != {"config", "weights"}:
         raise damaged(file)
     vae = rebuild(**autoencoder, file=file)
-    if not isinstance(vae, VAE):
+    if autoencoder["config"]["arch"] != "vae":
         raise damaged(file)
     return vae.to(device)
 
@@ -181,6 +195,5 @@ def autocast(device):
     fast = device.type == "cuda"
     if device.type == "cpu":
         fast = torch.cpu._is_avx512_bf16_supported()
-    if fast:
-        return torch.autocast(device.type, torch.bfloat16)
-    return contextlib.nullcontext()
+    kind = device.type if fast else "cpu"       # not every device knows autocast
+    return torch.autocast(kind, torch.bfloat16, enabled=fast)
