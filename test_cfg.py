@@ -16,7 +16,7 @@ from cfg_min import (NULL, cfg_cfm_loss, drop_labels, euler, euler_maruyama,
                      euler_maruyama_step, guide, guided_field)
 from chapters.classifier import classifier_gradient, classifier_guided_field
 from chapters.ddpm import cfg_dsm_loss
-from chapters.oracle import TWO, Mixture, tilted_moments
+from chapters.oracle import TWO, Mixture, tilted, tilted_moments
 from conftest import (ALL_PATHS, GAUSS, MANY, MIX, TIMES, Recorder, call_loss,
                       check_draws, close, distance, divergence, double,
                       gradient, labels, line, moments_of, tiny)
@@ -148,9 +148,14 @@ def test_a_network_that_predicts_z_is_the_field_of_that_z(path, x):
 
 
 def test_the_last_step_of_euler_ends_at_the_networks_z(x):
-    """x + (1 - t) (z - x) / (1 - t) = z, on CondOT."""
-    field = partial(DataField(lambda x, t, y: x.sin(), CondOT(), 0.98), y=MANY)
-    close(euler(field, x, 1, t0=0.96), x.sin())
+    """x + (1 - t) (z - x) / (1 - t) = z, on CondOT; but not where last_t < t: noise is left."""
+    def end(t, last_t):
+        field = partial(DataField(lambda x, t, y: x.sin(), CondOT(), last_t), y=MANY)
+        return euler(field, x, 1, t0=t)
+
+    close(end(0.96, 0.98), x.sin())
+    close(end(0.995, 0.9999), x.sin())
+    assert distance(end(0.995, 0.98), x.sin()) > 0.1
 
 
 @ALL_PATHS
@@ -580,6 +585,25 @@ def test_guidance_at_w_3_goes_beyond_the_tilted_distribution_and_any_mixture():
     assert abs(x.std() - 0.31) < 0.01
     assert abs(mean - 1.05) < 0.01
     assert abs(std - 0.46) < 0.01
+
+
+def test_the_guided_field_aims_w_times_as_far_as_the_class_while_x_is_noise():
+    """The tilt of the noised data, over alpha_t: mean w at t -> 0, that of the tilted data at t = 1.
+
+    The noised tilt of the data would have the mean of the tilted data at every t.
+    """
+    aims = [tilted_moments(TWO, 1, 3, t)[0] / t for t in (0.01, 0.3, 0.5, 1.0)]
+    close(aims, [3.00, 2.31, 1.54, 1.05], 0.005)
+
+
+def test_guidance_below_1_gathers_samples_between_the_classes():
+    """For 0 < w < 1 the factor w (w - 1) is negative: more of X_1 in |x| < .4 than tilted."""
+    z = line(-6, 6, 24001)
+    for w, guided, right in ((0.0, 0.114, 0.113), (0.5, 0.217, 0.138), (1.0, 0.112, 0.112)):
+        x, _ = guided_quantiles(w, steps=400)
+        p = tilted(TWO, 1, w, z[:, None])
+        assert abs((x.abs() < 0.4).double().mean() - guided) < 0.006
+        assert abs(p[z.abs() < 0.4].sum() - right) < 0.002
 
 
 def test_more_w_trades_diversity_for_clarity():

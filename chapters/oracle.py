@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from cfg_min import (NULL, euler, euler_maruyama, euler_maruyama_step, guide,
-                     guided_field, times)
-from chapters.samplers import predictor_corrector
+                     guided_field, times, value_at)
+from chapters.samplers import gibbs, predictor_corrector
 from paths import CondOT
 from support.command import Parser, execute
 
@@ -119,21 +119,28 @@ TRIANGLE = Mixture(mu=[[0.0, 1.0], [-0.87, -0.5], [0.87, -0.5]], std=[0.5] * 3, 
 PATH = CondOT()
 
 
-def tilted(mixture, y, w, grid):
-    """The tilted distribution p(.|y)^w p^(1-w) on the points of a grid (N, D), of sum 1: (N,)."""
+def tilted(mixture, y, w, grid, t=1.0):
+    """The tilted distribution p_t(.|y)^w p_t^(1-w) on the points of a grid (N, D), of sum 1: (N,).
+    """
     given = torch.full((len(grid),), y)
     anything = torch.full((len(grid),), NULL)
-    # at t = 1 p_t is the distribution of the data
-    log_p_y = mixture.log_p(PATH, grid.double(), 1.0, given)
-    log_p = mixture.log_p(PATH, grid.double(), 1.0, anything)
-    log_tilted = guide(log_p_y, log_p, w)       # w log p(.|y) + (1 - w) log p
+    log_p_y = mixture.log_p(PATH, grid.double(), t, given)
+    log_p = mixture.log_p(PATH, grid.double(), t, anything)
+    log_tilted = guide(log_p_y, log_p, w)       # w log p_t(.|y) + (1 - w) log p_t
     return log_tilted.softmax(dim=0)            # exp, divided by its sum
 
 
-def tilted_moments(mixture, y, w):
-    """Mean and standard deviation of the tilted distribution on the line."""
-    grid = torch.linspace(-4, 8, 4001).double()
-    p = tilted(mixture, y, w, grid[:, None])
+def tilted_moments(mixture, y, w, t=1.0):
+    """Mean and standard deviation of the tilted distribution of a mixture on the line.
+
+    At t = 1 it tilts the data. At an earlier t it tilts the noised data: the mean over alpha_t is
+    then what the guided field aims at.
+    """
+    offset, var = mixture.offset_and_var(PATH, torch.zeros(1, 1).double(), t)
+    # w scales what the label adds to a mean, so the tilt may lie that far out
+    reach = (1 + abs(w)) * (offset.abs().max() + 10 * var.max().sqrt()).item()
+    grid = torch.linspace(-reach, reach, 100001).double()
+    p = tilted(mixture, y, w, grid[:, None], t)
     mean = (p * grid).sum()
     var = (p * (grid - mean)**2).sum()
     return mean.item(), var.sqrt().item()
@@ -149,7 +156,12 @@ def resample(x, log_weight):
     return x[torch.searchsorted(ends, places.to(ends)).clamp(max=len(x) - 1)]
 
 
-def repaired_sde(net, x, y, w, steps, path=PATH):
+def wide_noise(t, path=PATH):
+    """sigma_t = sqrt(8 beta_t), for the SDE: four times the variance of the default."""
+    return math.sqrt(8 * value_at(path.beta, t))
+
+
+def repaired_sde(net, x, y, w, steps, path=PATH, sigma=wide_noise, until=1.0):
     """Guided samples that follow the tilted distribution: sequential Monte Carlo on the guided SDE.
 
     The guided SDE leaves out part of what the tilted density does. So the log-weight of a sample
@@ -158,22 +170,20 @@ def repaired_sde(net, x, y, w, steps, path=PATH):
         w (w - 1) (u_t(x|y) - u_t(x)) . (s_t(x|y) - s_t(x)) dt
             = b_t w (w - 1) |s_t(x|y) - s_t(x)|^2 dt.
 
-    Where the effective sample size falls below half, samples are resampled by their weights.
-    Skreta et al. 2025, arXiv 2503.02819. With sigma_t^2 = 2 beta_t instead of 8 beta_t, the samples
-    of large w stay too far out.
+    Where the effective sample size falls below half, samples are resampled by their weights; after
+    t = until neither happens. Samples are those of one label. Skreta et al. 2025, arXiv 2503.02819.
     """
     def field(x, t):
         return guided_field(net, x, t, y, w)
 
-    def sigma(t):
-        return math.sqrt(8 * path.beta(torch.tensor(t)))
-
     log_weight = torch.zeros(len(x)).to(x)
     for t, s in times(steps):
-        cond = net(x, t, y)
-        uncond = net(x, t, torch.full_like(y, NULL))
-        scores = path.u_to_score(cond, x, t) - path.u_to_score(uncond, x, t)
-        log_weight = log_weight + (s - t) * w * (w - 1) * ((cond - uncond) * scores).sum(dim=1)
+        if t < until:
+            cond = net(x, t, y)
+            uncond = net(x, t, torch.full_like(y, NULL))
+            scores = path.u_to_score(cond, x, t) - path.u_to_score(uncond, x, t)
+            rate = w * (w - 1) * ((cond - uncond) * scores).flatten(1).sum(dim=1)
+            log_weight = log_weight + (s - t) * rate
         x = euler_maruyama_step(field, x, t, s, path, sigma)
         weight = log_weight.softmax(dim=0)
         effective = 1 / (weight**2).sum()
@@ -183,38 +193,79 @@ def repaired_sde(net, x, y, w, steps, path=PATH):
     return x
 
 
+def guided_after(net, x, t, y, w, start):
+    """The guided field, but with w = 1 before t = start. Kynkaanniemi et al. 2024 guide so."""
+    return guided_field(net, x, t, y, w if t >= start else 1.0)
+
+
 def guided_samples(mixture, label, w, n, steps, dimensions):
-    """{name: samples (n, D)} of one label, by four ways to guide."""
+    """{name: samples (n, D)} of one label, by eight ways to guide."""
     net = partial(mixture.u, PATH)              # the perfect network, net(x, t, y) -> u
     y = torch.full((n,), label)
     conditional = partial(net, y=y)             # u_t(x|y)
     guided = partial(guided_field, net, y=y, w=w)
-    noise = torch.randn(4, n, dimensions)
+    late = partial(guided_after, net, y=y, w=w, start=0.7)
+    noise = torch.randn(8, n, dimensions)
     return {
         "guided ODE": euler(guided, noise[0], steps),
-        "guided SDE": euler_maruyama(guided, noise[1], steps, PATH),
-        "predictor-corrector": predictor_corrector(
-            conditional, noise[2], steps, PATH, corrector=guided, corrections=4),
+        "guided SDE, sigma^2 = 2 beta": euler_maruyama(guided, noise[1], steps, PATH),
+        "guided SDE, sigma^2 = 8 beta": euler_maruyama(guided, noise[2], steps, PATH, wide_noise),
         "repaired SDE": repaired_sde(net, noise[3], y, w, steps),
+        "predictor-corrector, 25 steps, 1 correction": predictor_corrector(
+            conditional, noise[4], 25, PATH, guided),
+        "predictor-corrector, 4 corrections": predictor_corrector(
+            conditional, noise[5], steps, PATH, guided, corrections=4),
+        "Gibbs-like, noised to t = 0.7": gibbs(
+            conditional, noise[6], steps, PATH, guided, middle=0.7),
+        "guidance for t > 0.7 alone": euler(late, noise[7], steps),
     }
 
 
-def print_table(scales=(0, 1, 2, 3, 5, 8), n=4000, steps=400):
+def print_table(scales=(1, 1.5, 3, 8), n=4000, steps=400):
     """Mean and standard deviation of guided samples of TWO, and of the tilted distribution."""
     torch.manual_seed(0)
-    print("Two Gaussians at -1 and +1, std 0.5. Samples of y = +1: mean and standard deviation.")
-    for w in scales:
-        columns = guided_samples(TWO, 1, w, n, steps, dimensions=1)
-        if w == scales[0]:
-            print("   w" + "".join(f"{name:>21s}" for name in [*columns, "p(.|y)^w p^(1-w)"]))
-        moments = [(x.mean().item(), x.std().item()) for x in columns.values()]
-        moments.append(tilted_moments(TWO, 1, w))
-        print(f"{w:4d}" + "".join(f"{mean:15.2f}{std:6.2f}" for mean, std in moments), flush=True)
+    print(f"Two Gaussians at -1 and +1, std 0.5. {n} samples of y = +1, {steps} steps unless told: "
+          "mean and standard deviation")
+    columns = [guided_samples(TWO, 1, w, n, steps, dimensions=1) for w in scales]
+    print(" " * 46 + "".join(f"w = {w:<10g}" for w in scales))
+    for name in columns[0]:
+        cells = [f"{column[name].mean():.2f} {column[name].std():.2f}     " for column in columns]
+        print(f"{name:46s}" + "".join(cells))
+    moments = [tilted_moments(TWO, 1, w) for w in scales]
+    cells = [f"{mean:.2f} {std:.2f}     " for mean, std in moments]
+    print(f"{'tilted distribution, p(.|y)^w p^(1-w)':46s}" + "".join(cells))
+
+
+def print_aim(w=3, ts=(0.01, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0), n=400, steps=400):
+    """Where the guided field of TWO aims at each t, and where the samples of Algorithm 8 are."""
+    print(f"\nw = {w}. Means over alpha_t")
+    print(f"{'t':46s}" + "".join(f"{t:<8g}" for t in ts))
+    aims = [tilted_moments(TWO, 1, w, t)[0] / t for t in ts]
+    print(f"{'aim of the guided field':46s}" + "".join(f"{aim:<8.2f}" for aim in aims))
+    net = partial(TWO.u, PATH)
+    y = torch.ones(n, dtype=torch.int64)
+    noise = torch.special.ndtri((torch.arange(n).double() + 0.5) / n)[:, None]      # quantiles
+    means = follow_mean(partial(guided_field, net, y=y, w=w), noise, steps)
+    print(f"{'samples of the guided ODE':46s}"
+          + "".join(f"{means[round(t * steps)]:<8.2f}" for t in ts))
+    print(f"{'needed for the tilted distribution':46s}" + f"{aims[-1]:<8.2f}" * len(ts))
+
+
+def follow_mean(field, x, steps):
+    """The mean of x over alpha_t at t = 0, 1/steps, ..., 1 of Euler's method; at t = 0 it is nan.
+    """
+    means = [math.nan]
+    for t, s in times(steps):
+        x = x + (s - t) * field(x, t)
+        means.append((x.mean() / value_at(PATH.alpha, s)).item())
+    return means
 
 
 def main(argv=None):
-    Parser(prog="python -m chapters.oracle", description="What guidance with scale w does, exactly.").parse_args(argv)
+    Parser(prog="python -m chapters.oracle",
+           description="What guidance with scale w does, exactly.").parse_args(argv)
     print_table()
+    print_aim()
 
 
 if __name__ == "__main__":

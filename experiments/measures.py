@@ -26,7 +26,7 @@ import sample
 from paths import PATHS
 from support import checkpoint, mnist
 from support.command import BadInput, Parser, execute, write_whole
-from support.sampling import choose_labels
+from support.sampling import Noise, choose_labels
 
 EVALUATOR = Path(__file__).parent / "evaluator.pt"          # kept after the first run
 NOISE = 0.1             # the largest standard deviation of the noise in training: 13 grey levels
@@ -184,6 +184,10 @@ class Measures:
             "diversity": mnist.diversity(images, labels) / self.diversity,
         }
 
+    def sureness(self, images):
+        """The largest of the evaluator's ten probabilities, (N,)."""
+        return apply(self.evaluator, images).softmax(1).amax(1)
+
     def training_digits(self, labels):
         """Real training digits of these labels (N,)."""
         images = torch.empty(len(labels), 1, 32, 32, dtype=torch.uint8)
@@ -219,30 +223,46 @@ def read_samples(file):
     return torch.from_numpy(images)[:, None], torch.from_numpy(labels.astype(np.int64))
 
 
-def draw(ckpt, w, n, *options):
-    """images (N, 1, 32, 32) uint8 and labels (N,) of n samples, as sample.py draws them."""
+@torch.no_grad()
+def draw(ckpt, w, n, *options, sigma=None):
+    """images (N, 1, 32, 32) uint8 and labels (N,) of n samples, as sample.py draws them.
+
+    sigma: a function of t for --sampler em, which has no option for one.
+    """
     options = sample.parse([f"--w={w}", "--n", str(n), *map(str, options)])
+    options.sigma = sigma
     net, config = checkpoint.load(ckpt)
     vae = checkpoint.load_autoencoder(ckpt) if config["latent"] else None
     y = choose_labels(options.label, options.n, is_picture=False)
-    path = PATHS[config["path"]]
-    with torch.no_grad():
-        images = sample.draw_images(net, vae, None, path, options, w, y)
+    images = sample.draw_images(net, vae, None, PATHS[config["path"]], options, w, y)
     return images[:, None], y
 
 
-DECIMALS = {"Frechet": 3, "diversity": 2, "loss": 4, "seconds": 0}      # of others: 1
+@torch.no_grad()
+def count_calls(ckpt, w, *options, sigma=None):
+    """How often the network is called for one sample; a call on 2B counts as two."""
+    options = sample.parse([f"--w={w}", *map(str, options)])
+    options.sigma = sigma
+    net, config = checkpoint.load(ckpt)
+    calls = []
+    net.register_forward_hook(lambda net, inputs, output: calls.append(len(output)))
+    randn = Noise(0, [0], bool(config["latent"]))
+    sample.draw_samples(net, torch.tensor([0]), w, options, PATHS[config["path"]], randn)
+    return sum(calls)
+
+
+DECIMALS = {"Frechet": 3, "diversity": 2, "seconds": 0, "calls": 0}     # of others: 1
 
 
 def show(name, row):
     """Print a row of measures."""
     cells = "".join(f"{value:16.{DECIMALS.get(key, 1)}f}" for key, value in row.items())
-    print(f"{name[-30:]:30s}{cells}", flush=True)
+    print(f"{name:44s}{cells}", flush=True)
 
 
 def show_head(measures, row, labels):
     """Print the names of the measures, and what they say of real digits."""
-    print(" " * 30 + "".join(f"{key:>16s}" for key in row))
+    print(" " * 44 + "".join(f"{key:>16s}" for key in row))
     real = measures.real_digits(labels)
     show(f"{len(labels)} real digits", measures(real, labels))
 

@@ -2,11 +2,14 @@
 
 grid:       digits of the shipped U-Net at w = 1, 3, 5, a row a label, the last row without label
 strip:      a row is one label and noise, a column one w
-away:       threes of w = 3 and, from the same noise, threes away from 8
+price:      twenty of each label at w = 3, from the same noise: Algorithm 8, then an interval
+away:       fours and sevens of w = 3 and, from the same noise, away from 9 and from 1
 trajectory: x_t, the end that it implies, and where the label makes a difference, over t
 moving:     noise becomes digits, w = 1 and w = 3
-line:       where guidance carries the quantiles of the noise, exactly (oracle.py)
-plane:      guided samples of three classes in the plane, exactly (oracle.py)
+line:       where guidance carries the quantiles of the noise, exactly (chapters/oracle.py)
+plane:      guided samples of three classes in the plane, exactly (chapters/oracle.py)
+arrows:     u_t(x|null), u_t(x|y) and the guided field at one point of the plane, exactly
+aim:        where the guided field aims over t, and where samples are, exactly
 loss:       of the shipped U-Net's training, from weights/unet.csv
 """
 import sys
@@ -17,9 +20,10 @@ import numpy as np
 import torch
 
 import sample
-from cfg_min import NULL, guided_field, times
+from cfg_min import NULL, euler, guide, guided_field, times
 from chapters import oracle
 from chapters.oracle import TRIANGLE, TWO
+from chapters.samplers import predictor_corrector
 from experiments import plots
 from experiments.measures import draw
 from support import checkpoint, picture
@@ -49,11 +53,22 @@ def strip(scales=(0, 1, 1.5, 2, 3, 5, 8)):
     write("strip.png", picture.png(np.hstack(panels)))
 
 
+def price():
+    panels = []
+    for title, options in (("w = 3", ()), ("w = 3   t = 0.26 - 0.78", ("--interval", 0.26, 0.78))):
+        images = draw(UNET, 3, 200, *options)[0][:, 0]
+        grid = images.view(20, 10, 32, 32).transpose(0, 1)              # a row a label
+        panels.append(picture.panel(grid.numpy(), title))
+    write("price.png", picture.png(np.vstack(panels)))
+
+
 def away():
-    options = "--label", 3
-    threes = draw(UNET, 3, 10, *options)[0][:, 0]
-    from_8 = draw(UNET, 3, 10, *options, "--away-from", 8)[0][:, 0]
-    write("away.png", picture.png(picture.panel(torch.stack([threes, from_8]).numpy(), "w = 3")))
+    panels = []
+    for label, other in ((4, 9), (7, 1)):
+        towards = draw(UNET, 3, 12, "--label", label)[0][:, 0]
+        away = draw(UNET, 3, 12, "--label", label, "--away-from", other)[0][:, 0]
+        panels.append(picture.panel(torch.stack([towards, away]).numpy(), f"{label}"))
+    write("away.png", picture.png(np.vstack(panels)))
 
 
 @torch.no_grad()
@@ -69,7 +84,7 @@ def follow(w, y, steps):
 
 @torch.no_grad()
 def trajectory(w=3, steps=20):
-    """Rows of four digits: x_t; E[z|x_t] of the guided field; |u_t(x|y) - u_t(x|null)|."""
+    """Four digits: rows x_t, E[z|x_t] of the guided field, |u_t(x|y) - u_t(x|null)|; columns t."""
     y = torch.tensor([2, 4, 5, 8])
     columns = []
     for net, t, x in follow(w, y, steps):
@@ -78,9 +93,9 @@ def trajectory(w=3, steps=20):
         guess = oracle.PATH.u_to_data(guided_field(net, x, t, y, w), x, t)
         difference = net(x, t, y) - net(x, t, torch.full_like(y, NULL))
         rows = [to_bytes(x), to_bytes(guess), to_bytes(2 * difference.abs() - 1)]
-        columns.append(torch.stack(rows, dim=1)[:, :, 0])               # (4, 3, 32, 32)
-    image = torch.stack(columns, dim=2).flatten(0, 1)                   # (12, 10, 32, 32)
-    write("trajectory.png", picture.png(picture.panel(image.numpy(), f"w = {w:g}")))
+        images = torch.stack(rows, dim=1).flatten(0, 2)                 # (12, 32, 32)
+        columns.append(picture.panel(images[:, None].numpy(), f"{t:.1f}" if t else "t=0"))
+    write("trajectory.png", picture.png(np.hstack(columns)))
 
 
 def moving(steps=24):
@@ -125,15 +140,70 @@ def plane(w=3, n=400, steps=200):
     points = torch.cartesian_prod(ticks, ticks)
     drawn = torch.multinomial(oracle.tilted(TRIANGLE, 0, w, points), n, replacement=True)
     clouds = {"data of the class": TRIANGLE.draw(n, y=0)}
-    clouds |= oracle.guided_samples(TRIANGLE, 0, w, n, steps, dimensions=2)
+    ways = oracle.guided_samples(TRIANGLE, 0, w, n, steps, dimensions=2)
+    for name in ("guided ODE", "predictor-corrector, 4 corrections", "repaired SDE"):
+        clouds[name] = ways[name]
     clouds["tilted distribution"] = points[drawn] + 6 / 200 * (torch.rand(n, 2) - 0.5)
-    del clouds["guided SDE"]
     behind = plots.dots(*TRIANGLE.draw(2 * n).T.tolist(), colour="#ddd")
     panels = []
     for title, x in clouds.items():
         marks = [behind, plots.dots(*x.T.tolist())]
         panels.append(plots.axes(marks, (-2.75, 2.75), (-2.25, 2.75), title))
     write("oracle_plane.svg", plots.svg(panels).encode())
+
+
+def arrows(w=3, t=0.3, x=(0.9, 0.2)):
+    """The three fields at one point, and the data at that t; each arrow is a third as long as u."""
+    torch.manual_seed(0)
+    cloud = oracle.PATH.sample(TRIANGLE.draw(600), torch.randn(600, 2), t)
+    point = torch.tensor([x]).double()
+    cond = TRIANGLE.u(oracle.PATH, point, t, torch.tensor([0]))
+    uncond = TRIANGLE.u(oracle.PATH, point, t, torch.tensor([NULL]))
+    fields = [("u(x | null)", uncond, "#444"), ("u(x | y)", cond, plots.COLOURS[0]),
+              (f"guided, w = {w}", guide(cond, uncond, w), plots.COLOURS[1])]
+    marks = [plots.dots(*cloud.T.tolist(), colour="#ddd")]
+    for name, u, colour in reversed(fields):
+        marks.append(plots.arrow(x, (point + u / 3)[0].tolist(), colour, name))
+    marks.append(plots.dots(*[[c] for c in x], colour="#000"))
+    panel = plots.axes(marks, (-1.65, 1.65), (-1.2, 1.8), f"one point x at t = {t}, y at the top")
+    write("arrows.svg", plots.svg([panel]).encode())
+
+
+def aim(w=3, n=10000, steps=200):
+    """Means over alpha_t: of what the guided field aims at, and of the samples of three samplers.
+    """
+    ts = torch.linspace(0.01, 1, 100).tolist()
+    net = partial(TWO.u, oracle.PATH)
+    y = torch.ones(n, dtype=torch.int64)
+    noise = torch.special.ndtri((torch.arange(n).double() + 0.5) / n)[:, None]      # quantiles
+    guided = partial(guided_field, net, y=y, w=w)
+    late = partial(oracle.guided_after, net, y=y, w=w, start=0.7)
+    aims = [oracle.tilted_moments(TWO, 1, w, t)[0] / t for t in ts]
+    marks = [plots.line([0, 1], [aims[-1]] * 2, "#aaa", "needed"),
+             plots.line(ts, aims, "#444", "aim of the guided field")]
+    conditional = partial(net, y=y)
+    ways = {
+        "guided ODE": lambda note: euler(note(guided), noise, steps),
+        "predictor-corrector": lambda note: predictor_corrector(
+            note(conditional), noise, steps, oracle.PATH, guided, corrections=4),
+        "guided for t > 0.7 alone": lambda note: euler(note(late), noise, steps),
+    }
+    torch.manual_seed(0)
+    for colour, (name, way) in zip(plots.COLOURS, ways.items()):
+        times, means = [], []
+
+        def note(field):
+            def noted(x, t):
+                if t >= 0.01:
+                    times.append(t)
+                    means.append((x.mean() / t).item())
+                return field(x, t)
+            return noted
+
+        way(note)
+        marks.append(plots.line(times, means, colour, name))
+    panel = plots.axes(marks, (0, 1), (0, 4.2), "mean over alpha, w = 3", "t")
+    write("aim.svg", plots.svg([panel]).encode())
 
 
 def loss(bin=50):
@@ -147,7 +217,8 @@ def loss(bin=50):
 
 
 PARTS = {"grid": grid, "strip": strip, "away": away, "trajectory": trajectory, "moving": moving,
-         "line": line, "plane": plane, "loss": loss}
+         "line": line, "plane": plane, "loss": loss,
+         "price": price, "arrows": arrows, "aim": aim}
 
 
 def main(argv=None):

@@ -1,4 +1,4 @@
-"""Pictures of the documents: SVG plots of lines and dots, and an animated PNG.
+"""Pictures of the documents: SVG plots of lines, dots and arrows, and an animated PNG.
 
 Marks are in the units of the data; axes() places them. A panel is a string of SVG.
 """
@@ -13,14 +13,25 @@ LEFT, TOP, RIGHT, BOTTOM = 52, 28, 16, 40       # around it, for numbers and lab
 COLOURS = "#1f6fb4", "#d1495b", "#2e8b57", "#8a6d1f", "#6a4c93"
 
 
-def line(xs, ys, colour=COLOURS[0]):
-    """A line through the points (x, y)."""
-    return dict(xs=xs, ys=ys, style=f'stroke="{colour}" stroke-width="1.3"', step="L")
+def line(xs, ys, colour=COLOURS[0], label="", width=1.3):
+    """A line through the points (x, y), and what the legend says of it."""
+    return dict(xs=xs, ys=ys, colour=colour, width=width, step="L", label=label)
 
 
-def dots(xs, ys, colour=COLOURS[1]):
+def dots(xs, ys, colour=COLOURS[1], label=""):
     """A dot at each point (x, y)."""
-    return dict(xs=xs, ys=ys, style=f'stroke="{colour}" stroke-width="3"', step="M")
+    return dict(xs=xs, ys=ys, colour=colour, width=3, step="M", label=label)
+
+
+def arrow(start, end, colour, label=""):
+    """A line from start (x, y) to end, with a head."""
+    (x0, y0), (x1, y1) = start, end
+    length = math.hypot(x1 - x0, y1 - y0)
+    back_x, back_y = 0.12 * (x0 - x1) / length, 0.12 * (y0 - y1) / length
+    left = x1 + back_x - back_y / 2, y1 + back_y + back_x / 2
+    right = x1 + back_x + back_y / 2, y1 + back_y - back_x / 2
+    xs, ys = zip(start, end, left, end, right)
+    return line(xs, ys, colour, label, width=2)
 
 
 def choose_ticks(low, high):
@@ -59,7 +70,12 @@ def axes(marks, x_range, y_range, title, x_label="", y_label=""):
         inside = [p for p in points if TOP <= p[1] <= bottom]
         end = "h0" if mark["step"] == "M" else ""           # a stroke of length 0 is a dot
         steps = "".join(f"{mark['step']}{x:.1f} {y:.1f}{end}" for x, y in inside)
-        out.append(f'<path d="M{steps[1:]}" fill="none" stroke-linecap="round" {mark["style"]}/>')
+        style = f'stroke="{mark["colour"]}" stroke-width="{mark["width"]}"'
+        out.append(f'<path d="M{steps[1:]}" fill="none" stroke-linecap="round" {style}/>')
+    labelled = [mark for mark in marks if mark["label"]]
+    for k, mark in enumerate(labelled):         # the legend, at the top right
+        more = f'text-anchor="end" fill="{mark["colour"]}"'
+        out.append(write(mark["label"], LEFT + WIDTH - 6, TOP + 15 + 14 * k, more))
     return "\n".join(out)
 
 

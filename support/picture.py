@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 
-FONT = {        # what "w = 1.5" needs: rows of dots, from the top, each character 5 dots high
+FONT = {        # what "w = 1.5" and "t = 0.5" need: rows of dots, from the top, each character 5 dots high
     "0": "### #.# #.# #.# ###",
     "1": ".#. ##. .#. .#. ###",
     "2": "### ..# ### #.. ###",
@@ -20,6 +20,7 @@ FONT = {        # what "w = 1.5" needs: rows of dots, from the top, each charact
     "+": "... .#. ### .#. ...",
     "=": "... ### ... ### ...",
     "e": "### #.. ##. #.. ###",
+    "t": ".#. ### .#. .#. .##",
     "w": "#...# #...# #.#.# #.#.# .#.#.",
     " ": "... ... ... ... ...",
 }

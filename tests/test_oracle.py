@@ -126,16 +126,23 @@ def test_the_repaired_sde_samples_the_tilted_distribution(w, steps):
         assert sde.mean() > mean + 0.06
 
 
-def test_the_table_shows_that_only_corrected_samples_are_near_the_tilted_distribution(capsys):
-    """A row a scale: mean and std of ODE, SDE, predictor-corrector, repaired SDE, tilted."""
-    oracle.print_table(scales=(1, 3), n=2000, steps=200)
-    _, _, *lines = capsys.readouterr().out.splitlines()
-    (w_1, *row_1), (w_3, *row_3) = [[float(number) for number in line.split()] for line in lines]
-    assert (w_1, w_3) == (1, 3)
-    assert distance(row_1[0::2], 1.0) < 0.06
-    ode, sde, corrected, repaired, tilted = row_3[0::2]
-    assert tilted == 1.05
-    assert ode > sde + 0.2
-    assert sde > tilted + 0.1
-    assert 1.03 < corrected < tilted + 0.06     # p(.|y) alone, w = 1, has 1.00
-    assert abs(repaired - tilted) < 0.05
+def test_the_tables_show_who_is_near_the_tilted_distribution_and_where_guidance_aims(capsys):
+    """A row a way to guide, columns of means and deviations over w; then the aim over t."""
+    oracle.print_table(scales=(1, 1.5, 3), n=2000, steps=200)
+    oracle.print_aim(ts=(0.1, 1.0))
+    rows = {}
+    for line in capsys.readouterr().out.splitlines():
+        rows[line[:46].strip()] = [float(number) for number in line[46:].split() if number != "w"
+                                   and number[0].isdigit()]
+    tilted = rows.pop("tilted distribution, p(.|y)^w p^(1-w)")
+    assert tilted[0::2] == [1.0, 1.02, 1.05]
+    means = {name: row[4] for name, row in rows.items() if len(row) == 6}
+    assert means["guided ODE"] > 1.45
+    assert means["guided SDE, sigma^2 = 2 beta"] > means["guided SDE, sigma^2 = 8 beta"] > 1.07
+    assert means["predictor-corrector, 25 steps, 1 correction"] > 1.1
+    for name in ("repaired SDE", "predictor-corrector, 4 corrections",
+                 "Gibbs-like, noised to t = 0.7", "guidance for t > 0.7 alone"):
+        assert abs(means[name] - 1.05) < 0.05
+        assert abs(rows[name][5] - 0.46) < 0.05
+    assert rows["aim of the guided field"] == [2.93, 1.05]
+    assert rows["samples of the guided ODE"] == pytest.approx([2.98, 1.53], abs=0.02)

@@ -7,7 +7,7 @@ import torch
 from cfg_min import euler, euler_maruyama, guided_field, times
 from chapters.ddpm import ddim
 from chapters.oracle import TWO, Mixture, tilted_moments
-from chapters.samplers import heun, langevin, predictor_corrector
+from chapters.samplers import gibbs, heun, langevin, predictor_corrector
 from conftest import (ALL_PATHS, GAUSS, close, distance, double, labels,
                       moments_of)
 from paths import PATHS, CondOT
@@ -160,3 +160,19 @@ def test_corrections_are_safe_near_t_1(path):
     guided, conditional = guided_and_conditional(8.0, noise, points, path)
     x = predictor_corrector(conditional, noise, 50, path, corrector=guided, corrections=3)
     assert distance(x, 1.0) < 0.06
+
+
+def test_gibbs_draws_then_noises_and_denoises_with_guidance():
+    """15 of 25 steps draw; each round noises the draw to t = middle and takes ten steps more."""
+    noise, *eps = torch.randn(3, 6, 1).double()
+    guided, conditional = guided_and_conditional(3.0, noise)
+    draws = iter(eps)
+    ours = gibbs(conditional, noise, 25, CondOT(), guided, middle=0.4, rounds=2,
+                 randn=lambda x: next(draws))
+    x = euler(conditional, noise, 15)
+    for e in eps:
+        x = euler(guided, 0.4 * x + 0.6 * e, 10, t0=0.4)
+    close(ours, x)
+    for wrong in (dict(steps=1), dict(steps=25, middle=1.0)):
+        with pytest.raises(ValueError):
+            gibbs(conditional, noise, path=CondOT(), corrector=guided, **wrong)
