@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from cfg_min import (NULL, euler, euler_maruyama, euler_maruyama_step, guide,
-                     guided_field, times)
+                     guided_field, require, require_finite, times)
 from chapters.samplers import predictor_corrector
 from paths import CondOT
 from support.command import Parser, execute
@@ -40,6 +40,11 @@ class Mixture:
         self.std = torch.as_tensor(std, dtype=torch.float64)
         self.weight = torch.as_tensor(weight, dtype=torch.float64)
         self.label = torch.as_tensor(label)
+        shapes = {tuple(part.shape) for part in (self.std, self.weight, self.label)}
+        require(shapes == {self.mu.shape[:1]}, f"std, weight and label of shapes {shapes}: "
+                f"expected ({len(self.mu)},), one for each mean")
+        require(((self.label >= 0) & (self.label < NULL)).all(), "a label is not in 0..9")
+        require((self.std > 0).all() and (self.weight >= 0).all(), "std <= 0, or weight < 0")
         y = torch.arange(NULL + 1)
         outside = (y != self.label[:, None]) & (y != NULL)
         weight = self.weight[:, None].masked_fill(outside, 0)           # (K, 11)
@@ -49,6 +54,8 @@ class Mixture:
 
     def offset_and_var(self, path, x, t):
         """x - alpha mu_k (K, B, D), and var_k (K, B, 1)."""
+        require(x.shape[1:] == self.mu.shape[1:],
+                f"x of shape {tuple(x.shape)}: expected (B, {self.mu.shape[1]})")
         alpha, beta, _, _ = path.at(t, x)                       # (B, 1)
         offset = x - alpha * self.mu.to(x)[:, None]
         var = alpha**2 * self.std.to(x)[:, None, None]**2 + beta**2
@@ -131,9 +138,17 @@ def tilted(mixture, y, w, grid):
 
 
 def tilted_moments(mixture, y, w):
-    """Mean and standard deviation of the tilted distribution on the line."""
-    grid = torch.linspace(-4, 8, 4001).double()
+    """Mean and standard deviation of the tilted distribution on the line.
+
+    Its means lie at most |w - 1| times as far from the data's as these from one another. The grid
+    goes there, and 8 standard deviations beyond, in steps that resolve the narrowest component.
+    """
+    low, high = mixture.mu.min().item(), mixture.mu.max().item()
+    beyond = (1 + abs(w)) * (high - low + 8 * mixture.std.max().item())
+    step = mixture.std.min().item() / (4 + 4 * abs(w)**0.5)
+    grid = torch.arange(low - beyond, high + beyond, step, dtype=torch.float64)
     p = tilted(mixture, y, w, grid[:, None])
+    require(p[0] + p[-1] < 1e-9, f"p(.|y)^w p^(1-w) has no finite integral at w = {w}")
     mean = (p * grid).sum()
     var = (p * (grid - mean)**2).sum()
     return mean.item(), var.sqrt().item()
@@ -178,9 +193,9 @@ def repaired_sde(net, x, y, w, steps, path=PATH):
         weight = log_weight.softmax(dim=0)
         effective = 1 / (weight**2).sum()
         if effective < len(x) / 2 or s == 1:
-            x = resample(x, log_weight)
+            x = resample(x, require_finite(log_weight))
             log_weight = torch.zeros_like(log_weight)
-    return x
+    return require_finite(x)
 
 
 def guided_samples(mixture, label, w, n, steps, dimensions):
@@ -209,7 +224,7 @@ def print_table(scales=(0, 1, 2, 3, 5, 8), n=4000, steps=400):
             print("   w" + "".join(f"{name:>21s}" for name in [*columns, "p(.|y)^w p^(1-w)"]))
         moments = [(x.mean().item(), x.std().item()) for x in columns.values()]
         moments.append(tilted_moments(TWO, 1, w))
-        print(f"{w:4d}" + "".join(f"{mean:15.2f}{std:6.2f}" for mean, std in moments), flush=True)
+        print(f"{w:4g}" + "".join(f"{mean:15.2f}{std:6.2f}" for mean, std in moments), flush=True)
 
 
 def main(argv=None):
