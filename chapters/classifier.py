@@ -116,7 +116,7 @@ def main(argv=None):
     p.add_argument("--path", choices=PATHS, default="condot", help="probability path (condot)")
     options = p.parse_args(argv)
     device = checkpoint.pick_device(options.device)
-    prepare_out(options, options.data, options.init)
+    prepare_out(options)
     images, labels, x_test, y_test = data = mnist.load(options.data)
     config = describe(options, "classifier", data, path=options.path)
 

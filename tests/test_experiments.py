@@ -222,6 +222,7 @@ def test_samples_that_cannot_be_measured_are_one_line(evaluate, capsys, images, 
     line = ["samples.npz", "--data", "some.npz"]
     assert command.execute(partial(measures.main, line)) == 2
     error_line(capsys)
+    assert not measures.EVALUATOR.exists()      # refused before the work
 
 
 @pytest.mark.parametrize("options", [

@@ -87,16 +87,17 @@ def test_posterior_is_bayes_rule(path, x):
 
 # ---------------------------------------------------------------- what w does
 
-@pytest.mark.parametrize("w", [0.5, 3.0])
-def test_moments_of_the_tilted_distribution(w):
-    """Of p(z|y)^w p(z)^(1-w) / Z, with densities of torch."""
-    z = line(-6, 10, 5001)
-    p_y = Normal(1, 0.5).log_prob(z).exp()
-    p = (p_y + Normal(-1, 0.5).log_prob(z).exp()) / 2
-    q = p_y**w * p**(1 - w)
-    mean = (q * z).sum() / q.sum()
-    std = ((q * (z - mean)**2).sum() / q.sum()).sqrt()
-    close(tilted_moments(TWO, 1, w), [mean, std], 1e-3)
+@pytest.mark.parametrize("w", [-1.0, 0.5, 3.0, 20.0])
+@pytest.mark.parametrize("mu, std", [
+    ((-1, 1), (0.5, 0.5)), ((0, 10), (1, 1)), ((0, 10), (2, 0.1)), ((70, 70.1), (1, 1))])
+def test_moments_of_the_tilted_distribution(mu, std, w):
+    """Of p(z|y)^w p(z)^(1-w) / Z, with densities of torch; wherever the Gaussians are."""
+    mixture = oracle.Mixture([mu[:1], mu[1:]], std, weight=[0.5, 0.5], label=[1, 0])
+    z = line(mu[0] - 60, mu[0] + 60, 100001)
+    p_y, other = (Normal(*parts).log_prob(z) for parts in zip(mu, double(std)))
+    q = (w * p_y + (1 - w) * torch.logaddexp(p_y, other)).softmax(dim=0)
+    mean = (q * z).sum()
+    close(tilted_moments(mixture, 1, w), [mean, (q * (z - mean)**2).sum().sqrt()], 1e-3)
 
 
 def test_resampling_keeps_each_sample_as_often_as_its_weight_says():
@@ -128,7 +129,7 @@ def test_the_repaired_sde_samples_the_tilted_distribution(w, steps):
 
 def test_the_table_shows_that_only_corrected_samples_are_near_the_tilted_distribution(capsys):
     """A row a scale: mean and std of ODE, SDE, predictor-corrector, repaired SDE, tilted."""
-    oracle.print_table(scales=(1, 3), n=2000, steps=200)
+    oracle.print_table(scales=(1.0, 3.0), n=2000, steps=200)
     _, _, *lines = capsys.readouterr().out.splitlines()
     (w_1, *row_1), (w_3, *row_3) = [[float(number) for number in line.split()] for line in lines]
     assert (w_1, w_3) == (1, 3)
