@@ -15,7 +15,7 @@ from chapters.classifier import (NoisyClassifier, classifier_gradient,
                                  classifier_guided_field,
                                  measure_label_errors)
 from chapters.ddpm import cfg_dsm_loss, ddim
-from chapters.oracle import TWO, Mixture, tilted_moments
+from chapters.oracle import TWO, Mixture, repaired_sde, tilted_moments
 from chapters.samplers import langevin
 from conftest import ALL_PATHS, MANY, MIX, close, double, randomize, tiny
 from dit import DiT
@@ -198,6 +198,8 @@ VALUES = {
     "w a list": lambda: guide(IMAGES, IMAGES, [1.0, 2.0, 3.0, 4.0]),
     "label of a mixture": lambda: Mixture(mu=[[0.0]], std=[1.0], weight=[1.0], label=[10]),
     "std 0": lambda: Mixture(mu=[[0.0]], std=[0.0], weight=[1.0], label=[0]),
+    "repaired SDE": lambda: repaired_sde(
+        lambda x, t, y: torch.where(x < -1, torch.inf, x), MIX.mu, Y, 3.0, 3),
     "tilt without an integral": lambda: tilted_moments(NARROW, 0, -2.0),
 }
 NARROW = Mixture(mu=[[0.0], [0.0]], std=[1.0, 3.0], weight=[0.5, 0.5], label=[0, 1])
