@@ -169,10 +169,7 @@ def load_autoencoder(file, device="cpu"):
     autoencoder = read(file).get("autoencoder")
     if not isinstance(autoencoder, dict) or autoencoder.keys() != {"config", "weights"}:
         raise damaged(file)
-    vae = rebuild(**autoencoder, file=file)
-    if autoencoder["config"]["arch"] != "vae":
-        raise damaged(file)
-    return vae.to(device)
+    return rebuild(**autoencoder, file=file).to(device)
 
 
 # ---------------------------------------------------------------- device
