@@ -64,13 +64,15 @@ def drop_labels(y, eta, null=NULL):
     require(0 <= eta <= 1, f"eta = {eta} is not in [0, 1]")
     require((y <= null).all(), f"a label is above null = {null}: for K classes pass null=K")
     dropped = torch.rand(len(y), device=y.device) < eta
-    return torch.where(dropped, null, y)
+    return y.masked_fill(dropped, null)         # of y's type
 
 
 def draw_times(z, t=None):
     """t (B,), or where it is None the lecture's t ~ U[0, 1), one for each sample of z."""
     if t is None:
         return torch.rand(len(z), device=z.device)
+    if not isinstance(t, torch.Tensor):
+        raise TypeError(f"t is a tensor ({len(z)},), not {type(t).__name__}")
     require(((t > -1e-5) & (t < 1 + 1e-5)).all(), "a t of the loss is not in [0, 1]")
     return t
 
@@ -175,6 +177,7 @@ def euler(field, x, steps, t0=0.0):
 
 def value_at(function, t):
     """alpha or beta of a path at the number t, as a number."""
+    require(-1e-5 < t < 1 + 1e-5, f"t = {t} is not in [0, 1]")
     return function(torch.tensor(t, dtype=torch.float64)).item()
 
 

@@ -3,7 +3,10 @@
 The exact fields come from chapters/oracle.py: MIX is four Gaussians of three classes in the plane. All
 mathematics is tested in float64.
 """
+import os
 import shlex
+import signal
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
@@ -18,6 +21,7 @@ import train
 from chapters import classifier, oracle, vae
 from paths import PATHS
 from support import command, mnist
+from support.training import Training
 
 ROOT = str(Path(__file__).parent)
 ALL_PATHS = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
@@ -180,6 +184,21 @@ def run(tmp_path, monkeypatch, few):
     """run(command line) -> its exit status; in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return partial(run_line, few=few)
+
+
+@contextmanager
+def signal_in(step, number=signal.SIGINT):
+    """Trainings get the signal in this step, as of Ctrl-C."""
+    record = Training.record
+
+    def interrupt(self, loss):
+        record(self, loss)
+        if self.done == step - 1:
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Training, "record", interrupt)
+        yield
 
 
 @pytest.fixture(scope="session")

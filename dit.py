@@ -11,7 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cfg_min import require
+from cfg_min import require, require_label_each
 from unet import FEATURES, waves, zero
 
 
@@ -96,6 +96,7 @@ class DiT(nn.Module):
         self.modulation = zero(nn.Linear(width, 2 * width))
 
     def forward(self, x, t, y):
+        require_label_each(y, x)
         require(x.shape[2:] == (self.size, self.size),
                 f"x of shape {tuple(x.shape)}: expected {self.size} x {self.size} places")
         e = F.silu(self.time(waves(t, x)) + self.label(y))         # (B, D)

@@ -15,9 +15,10 @@ from paths import PATHS
 from support.checkpoint import autocast, find_by_name, pick_device
 from support.command import Parser, Progress, execute, file_name, number
 from support.mnist import to_bytes
+from support.picture import panel
 from support.sampling import (Noise, arrange, check_out, choose_labels,
-                              find_classifier, label, load_model, panel,
-                              report, write)
+                              find_classifier, label, load_model, report,
+                              say_what_is_untrained, write)
 
 CHUNK = 100     # samples computed at once
 OTHER_SAMPLERS = {                              # beyond the notes' Euler and Euler-Maruyama
@@ -95,7 +96,7 @@ def parse(argv=None):
     add = p.add_argument
     many = number(int, 1, 1e9)
     add("--w", type=number(float, -1e3, 1e3), nargs="+", required=True,
-        help="guidance scales; 1 is the conditional model, 0 the unconditional one")
+        help="guidance scales; 1 is the conditional model, 0 the unconditional one (required)")
     add("--ckpt", type=file_name, metavar="FILE.pt",
         help="the network (runs/unet.pt where there is one, else weights/unet.pt)")
     add("--label", type=label, metavar="Y", help="0 ... 9 or null (0, 1, ..., 9 in turn)")
@@ -150,11 +151,12 @@ def main(argv=None):
     net, config, vae = load_model(options.ckpt, device)
     classifier, file = find_classifier(options.guidance != "cfg", config, device)
     y = choose_labels(options.label, options.n, options.out.endswith(".png")).to(device)
+    say_what_is_untrained(config, options, y)
     panels = []
     for w in options.w:
         images = draw_images(net, vae, classifier, PATHS[config["path"]], options, w, y)
         report(w, images, y, classifier, file, config["real_diversity"])
-        panels.append(panel(arrange(images, y), f"w = {w:g}"))
+        panels.append(panel(arrange(images, y).cpu().numpy(), f"w = {w:g}"))
     write(options.out, panels, images, y)
     print(f"wrote {options.out}: {len(panels) * len(y)} samples, {options.steps} steps of "
           f"{options.sampler}, {time.monotonic() - began:.1f} s")

@@ -25,7 +25,9 @@ def fit(options, config, images, labels, compute_loss, autoencoder=None):
     images: (N, 1, 32, 32) uint8, or latents (N, 4, 8, 8); labels (N,). The caller finishes the run.
     """
     torch.manual_seed(options.seed)
-    field = checkpoint.build(config, last_t=0.98).to(images.device)
+    field = checkpoint.build(config, last_t=0.98)
+    checkpoint.use_once(field, config)          # a mistake in a network shows now
+    field.train().to(images.device)
     optimizer = torch.optim.AdamW(field.parameters(), options.lr)
     schedule = rise_and_fall(optimizer, options.lr, options.steps)
     run = Training(options, config, field, optimizer, schedule, autoencoder)
@@ -71,14 +73,15 @@ def parse(argv=None):
     p = Parser(usage="%(prog)s --arch unet|dit [options]", epilog=EXAMPLES + "\n".join(defaults),
                description="Train a network for classifier-free guidance.")
     add = p.add_argument
-    add("--arch", required=True, choices=GENERATORS, help="the network: unet.py or dit.py")
+    add("--arch", required=True, choices=GENERATORS, help="unet.py or dit.py (required)")
     add_options(p)
     add("--eta", type=number(float, 0, 1), default=0.1, help="P(label becomes null) (0.1)")
     add("--path", choices=PATHS, default="condot", help="probability path (condot)")
     add("--predict", choices=PREDICTIONS, default="u",
-        help="what the network predicts (u); u and z learn by the CFM loss, eps by DSM")
+        help="what the network predicts; u and z learn by the CFM loss, eps by DSM (u)")
     add("--times", choices=TIMES, default="uniform", help="how t is drawn (uniform)")
-    add("--latent", type=file_name, metavar="VAE.pt", help="train on the latents of this autoencoder")
+    add("--latent", type=file_name, metavar="VAE.pt",
+        help="train on the latents of this autoencoder (on pixels)")
     options = p.parse_args(argv)
     for name in ("steps", "batch", "lr"):
         if getattr(options, name) is None:
@@ -91,7 +94,7 @@ def parse(argv=None):
 def main(argv=None):
     options = parse(argv)
     device = checkpoint.pick_device(options.device)
-    prepare_out(options, options.data, options.init, options.latent)
+    prepare_out(options)
     data = mnist.load(options.data)
     config = describe(options, options.arch, data, eta=options.eta, path=options.path,
                       predict=options.predict, times=options.times)

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from cfg_min import require, require_label_each
 from paths import one_per_sample
 
 FEATURES = 128          # of t
@@ -117,9 +118,10 @@ class UNet(nn.Module):
             nn.PixelShuffle(stride))            # channels become places: H/2 -> H
 
     def forward(self, x, t, y):
-        if x.shape[2] % self.multiple or x.shape[3] % self.multiple:
-            raise ValueError(f"x of shape {tuple(x.shape)}: expected (B, C, H, W), with H and W "
-                             f"multiples of {self.multiple}; pad the images")
+        require_label_each(y, x)
+        require(x.shape[2] % self.multiple == x.shape[3] % self.multiple == 0,
+                f"x of shape {tuple(x.shape)}: expected (B, C, H, W), with H and W multiples of "
+                f"{self.multiple}; pad the images")
         e = F.silu(self.time(waves(t, x)) + self.label(y))         # (B, E)
         h = self.first(x)                       # (B, 32, 16, 16)
         skips = []

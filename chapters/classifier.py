@@ -14,7 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cfg_min import NULL, apply, check_inputs, scale_each
+from cfg_min import NULL, apply, check_inputs, require_label_each, scale_each
 from unet import FEATURES, Encoder, ResidualStack, waves
 
 
@@ -48,6 +48,7 @@ def classifier_loss(classifier, path, z, y):
 
     DDPM lecture, "Classifier guidance": a classifier for noised samples.
     """
+    require_label_each(y, z)
     t = torch.rand(len(z), device=z.device)
     x = path.sample(z, torch.randn_like(z), t)
     return F.cross_entropy(classifier(x, t), y)
@@ -87,7 +88,7 @@ def measure_label_errors(net, path, z, t, eps, labels=10):
     target = path.target(z, eps, t)
     errors = []
     for label in range(labels):
-        u = net(x, t, torch.full((len(z),), label, device=z.device))
+        u = apply(net, x, t, torch.full((len(z),), label, device=z.device))
         errors.append((u - target).square().flatten(1).sum(dim=1))
     return torch.stack(errors, dim=1)
 
@@ -114,7 +115,7 @@ def main(argv=None):
     p.add_argument("--path", choices=PATHS, default="condot", help="probability path (condot)")
     options = p.parse_args(argv)
     device = checkpoint.pick_device(options.device)
-    prepare_out(options, options.data, options.init)
+    prepare_out(options)
     images, labels, x_test, y_test = data = mnist.load(options.data)
     config = describe(options, "classifier", data, path=options.path)
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from cfg_min import (NULL, euler, euler_maruyama, euler_maruyama_step, guide,
-                     guided_field, times, value_at)
+                     guided_field, require, require_finite, times, value_at)
 from chapters.samplers import gibbs, predictor_corrector
 from paths import CondOT
 from support.command import Parser, execute
@@ -40,6 +40,11 @@ class Mixture:
         self.std = torch.as_tensor(std, dtype=torch.float64)
         self.weight = torch.as_tensor(weight, dtype=torch.float64)
         self.label = torch.as_tensor(label)
+        shapes = {tuple(part.shape) for part in (self.std, self.weight, self.label)}
+        require(shapes == {self.mu.shape[:1]}, f"std, weight and label of shapes {shapes}: "
+                f"expected ({len(self.mu)},), one for each mean")
+        require(((self.label >= 0) & (self.label < NULL)).all(), "a label is not in 0..9")
+        require((self.std > 0).all() and (self.weight >= 0).all(), "std <= 0, or weight < 0")
         y = torch.arange(NULL + 1)
         outside = (y != self.label[:, None]) & (y != NULL)
         weight = self.weight[:, None].masked_fill(outside, 0)           # (K, 11)
@@ -49,6 +54,8 @@ class Mixture:
 
     def offset_and_var(self, path, x, t):
         """x - alpha mu_k (K, B, D), and var_k (K, B, 1)."""
+        require(x.shape[1:] == self.mu.shape[1:],
+                f"x of shape {tuple(x.shape)}: expected (B, {self.mu.shape[1]})")
         alpha, beta, _, _ = path.at(t, x)                       # (B, 1)
         offset = x - alpha * self.mu.to(x)[:, None]
         var = alpha**2 * self.std.to(x)[:, None, None]**2 + beta**2
@@ -134,13 +141,18 @@ def tilted_moments(mixture, y, w, t=1.0):
     """Mean and standard deviation of the tilted distribution of a mixture on the line.
 
     At t = 1 it tilts the data. At an earlier t it tilts the noised data: the mean over alpha_t is
-    then what the guided field aims at.
+    then what the guided field aims at. The means of the tilt lie at most |w - 1| times as far from
+    those of the components as these from one another. The grid goes there, and 8 standard
+    deviations beyond, in steps that resolve the narrowest component.
     """
     offset, var = mixture.offset_and_var(PATH, torch.zeros(1, 1).double(), t)
-    # w scales what the label adds to a mean, so the tilt may lie that far out
-    reach = (1 + abs(w)) * (offset.abs().max() + 10 * var.max().sqrt()).item()
-    grid = torch.linspace(-reach, reach, 100001).double()
+    means, stds = -offset.flatten(), var.sqrt().flatten()   # (K,) each, at t
+    low, high = means.min().item(), means.max().item()
+    beyond = (1 + abs(w)) * (high - low + 8 * stds.max().item())
+    step = stds.min().item() / (4 + 4 * abs(w)**0.5)
+    grid = torch.arange(low - beyond, high + beyond, step, dtype=torch.float64)
     p = tilted(mixture, y, w, grid[:, None], t)
+    require(p[0] + p[-1] < 1e-9, f"p(.|y)^w p^(1-w) has no finite integral at w = {w}")
     mean = (p * grid).sum()
     var = (p * (grid - mean)**2).sum()
     return mean.item(), var.sqrt().item()
@@ -188,9 +200,9 @@ def repaired_sde(net, x, y, w, steps, path=PATH, sigma=wide_noise, until=1.0):
         weight = log_weight.softmax(dim=0)
         effective = 1 / (weight**2).sum()
         if effective < len(x) / 2 or s == 1:
-            x = resample(x, log_weight)
+            x = resample(x, require_finite(log_weight))
             log_weight = torch.zeros_like(log_weight)
-    return x
+    return require_finite(x)
 
 
 def guided_after(net, x, t, y, w, start):

@@ -98,7 +98,7 @@ def main(argv=None):
     add_options(p, "vae")
     options = p.parse_args(argv)
     device = checkpoint.pick_device(options.device)
-    prepare_out(options, options.data, options.init)
+    prepare_out(options)
     images, labels, x_test, y_test = data = mnist.load(options.data)
     config = describe(options, "vae", data)
 

@@ -140,13 +140,19 @@ def classify_two_samples(samples, real, steps=600):
 
 
 class Measures:
-    """All measures against one data set: measures(images, labels) -> {name: number}."""
+    """All measures against one data set: measures(images, labels) -> {name: number}.
 
-    def __init__(self, data=mnist.FILE):
+    asked: the labels (N,) of each set to be measured. Raises BadInput, before the evaluator trains,
+    where there are not enough real digits of them.
+    """
+
+    def __init__(self, data=mnist.FILE, asked=()):
         self.x, self.y, x_test, y_test = mnist.load(data)
         order = torch.randperm(len(x_test), generator=torch.Generator().manual_seed(0))
         self.x_test = x_test[order]
         self.y_test = y_test[order]
+        for labels in asked:
+            self.split(labels)
         self.evaluator = load_evaluator(self.x, self.y)
         self.features = apply(self.evaluator[:-1], self.x_test)
         self.diversity = mnist.diversity(self.x_test, self.y_test)
@@ -154,6 +160,8 @@ class Measures:
     def split(self, labels):
         """Places of test digits of these labels, in their order; places of others, as many of
         each label. Raises BadInput."""
+        if len(labels) < 20:
+            raise BadInput(f"{len(labels)} samples: at least 20 are needed")
         places = torch.empty_like(labels)
         rest = []
         for label in labels.unique():
@@ -173,8 +181,6 @@ class Measures:
 
     def __call__(self, images, labels):
         """The fast measures of images (N, 1, 32, 32) uint8 and labels (N,). Raises BadInput."""
-        if len(images) < 20:
-            raise BadInput(f"{len(images)} samples: at least 20 are needed")
         _, rest = self.split(labels)
         features = apply(self.evaluator[:-1], images)
         guesses = self.evaluator[-1](features).argmax(1)
@@ -274,7 +280,7 @@ def main(argv=None):
     p.add_argument("--slow", action="store_true", help="C2ST and CAS as well: networks are trained")
     options = p.parse_args(argv)
     samples = [read_samples(file) for file in options.files]
-    measures = Measures(options.data)
+    measures = Measures(options.data, [labels for _, labels in samples])
     for k, (file, (images, labels)) in enumerate(zip(options.files, samples)):
         row = measures(images, labels)
         if options.slow:

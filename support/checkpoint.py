@@ -31,6 +31,8 @@ NETWORKS = {
 }
 PREDICTIONS = "u", "z", "eps"
 GENERATORS = [name for name in NETWORKS if name not in ("classifier", "vae")]
+KINDS = dict(arch=str, net=dict, latent=int, path=(str, type(None)), predict=(str, type(None)),
+             steps=int, data=int, real_diversity=float)     # of what a config needs; others may lack
 LAST_T = 0.9999         # of a field for sampling; paths.py, "networks that predict z or eps"
 
 
@@ -57,8 +59,10 @@ def build(config, last_t=LAST_T):
     raise ValueError(f"predict = {predict}")
 
 
+@torch.no_grad()
 def use_once(net, config):
-    """What net returns for one image of zeros, or for one latent."""
+    """What net returns for one image of zeros, or for one latent, in evaluation mode."""
+    net.eval()
     shape = LATENT_SHAPE if config["latent"] else PIXELS_SHAPE
     x = torch.zeros(1, *shape, dtype=torch.float32)
     t = torch.full((1,), 0.5, dtype=torch.float32)
@@ -122,10 +126,9 @@ def is_whole(saved):
     """Whether a checkpoint has its parts, each of its kind; raises anything where it has not."""
     config, step = saved["config"], saved["step"]
     json.dumps(config)                          # plain data
-    names = [config["arch"], *(config[key] or "" for key in ("path", "predict"))]
-    return (all(isinstance(name, str) for name in names) and isinstance(config["net"], dict)
-            and isinstance(config["data"], int) and isinstance(config["real_diversity"], float)
-            and isinstance(step, int) and 0 < step <= config["steps"] and saved["weights"]
+    return (all(isinstance(config[key], kind) for key, kind in KINDS.items())
+            and isinstance(config.get("labels", []), list) and isinstance(step, int)
+            and 0 < step <= config["steps"] and saved["weights"]
             and all(isinstance(value, torch.Tensor) for value in saved["weights"].values()))
 
 
@@ -145,11 +148,10 @@ def rebuild(config, weights, file):
     except (TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise BadInput(f"{file}: its {config['arch']} is not this code's: {reason}") from None
-    net.eval()
-    with torch.no_grad():
-        finite = use_once(net, config).isfinite().all()
+    finite = use_once(net, config).isfinite().all()
     if not finite or not are_finite(weights):
-        raise BadInput(f"{file}: its network gives values that are not finite: train another")
+        raise BadInput(f"{file}: its network gives values that are not finite: train "
+                       "another, with a lower --lr")
     return net
 
 
@@ -169,10 +171,7 @@ def load_autoencoder(file, device="cpu"):
     autoencoder = read(file).get("autoencoder")
     if not isinstance(autoencoder, dict) or autoencoder.keys() != {"config", "weights"}:
         raise damaged(file)
-    vae = rebuild(**autoencoder, file=file)
-    if autoencoder["config"]["arch"] != "vae":
-        raise damaged(file)
-    return vae.to(device)
+    return rebuild(**autoencoder, file=file).to(device)
 
 
 # ---------------------------------------------------------------- device

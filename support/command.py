@@ -55,7 +55,7 @@ def execute(main):
 
 def complain(error):
     """One line on stderr, in place of a line of progress."""
-    wipe = "\r\033[K" if os.isatty(2) else ""
+    wipe = "\r\033[K" if sys.stderr and sys.stderr.isatty() else ""
     line = " ".join(str(error).split())
     print(f"{wipe}{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
     if isinstance(error, OSError):
@@ -143,16 +143,13 @@ def processes():
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return 0, 1
     try:
-        rank = int(os.environ["RANK"])
-        world = int(os.environ["WORLD_SIZE"])
-        port = int(os.environ["MASTER_PORT"])
-        whole = 0 <= rank < world and 0 < port < 2**16 and os.environ["MASTER_ADDR"] != ""
+        rank, world, _ = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
+        if os.environ["MASTER_ADDR"] and 0 <= rank < world:
+            return rank, world
     except (KeyError, ValueError):
-        whole = False
-    if not whole:
-        raise BadInput("RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are not as torchrun sets "
-                       "them; unset WORLD_SIZE to train in one process")
-    return rank, world
+        pass
+    raise BadInput("RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are not as torchrun sets them; "
+                   "unset WORLD_SIZE to train in one process")
 
 
 def say(text, end="\n"):

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cfg_min import require_label_each
 from support.command import HERE, BadInput, find
 
 FILE = HERE / "data/mnist.npz"
@@ -68,7 +69,7 @@ def find_fault(images, labels):
         return f"{len(images)} images, but {len(labels)} labels"
     if len(images) == 0:
         return "no images"
-    if images.min() < 0 or images.max() > 255:
+    if images.min() < 0 or images.max() > 255 or images.max() == 1:     # 1: nearly black
         return f"pixels from {images.min()} to {images.max()}"
     if labels.min() < 0 or labels.max() > 9:
         return f"labels from {labels.min()} to {labels.max()}"
@@ -125,6 +126,7 @@ def draw_batch(images, labels, n):
 def accuracy(classifier, images, labels):
     """The share of images (N, 1, 32, 32) uint8 to which a noisy classifier, at t = 1, gives their
     label."""
+    require_label_each(labels, images)
     guesses = [classifier(to_unit(x), 1.0).argmax(1) for x in images.split(500)]
     return (torch.cat(guesses) == labels).float().mean().item()
 

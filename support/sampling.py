@@ -71,6 +71,8 @@ def find_classifier(guides, config, device):
         except BadInput:                        # not there, or damaged
             continue
         fits = its["arch"] == "classifier" and its["data"] == config["data"]
+        if its["step"] < its["steps"]:
+            file += f" (step {its['step']} of {its['steps']})"
         if fits and (its["path"] == config["path"] or not guides):
             return classifier, file
     if guides:
@@ -82,6 +84,22 @@ def find_classifier(guides, config, device):
 
 
 # ---------------------------------------------------------------- what is said and shown
+
+def say_what_is_untrained(config, options, y):
+    """Print a line for each field that samples of the labels y need, but training never showed."""
+    guides = options.guidance != "cfg"          # the unconditional field, by a classifier
+    asked = {*y.tolist(), options.away_from} - {NULL}
+    lacking = asked - {*config.get("labels", asked)}
+    needs_null = NULL in y or guides or (options.away_from == NULL and {*options.w} != {1})
+    needs_labels = asked and not guides and any(options.w)
+    if lacking:
+        print(f"the data of this network have no label {', '.join(map(str, sorted(lacking)))}: "
+              "its samples mean nothing")
+    if config.get("eta") == 0 and needs_null:
+        print("this network was trained with --eta 0, never without a label: only w = 1 is learned")
+    if config.get("eta") == 1 and needs_labels:
+        print("this network was trained with --eta 1, never with a label: only w = 0 is learned")
+
 
 def report(w, images, y, classifier, file, real_diversity):
     """Print the share of samples that the classifier labels as y, and their diversity."""
@@ -111,10 +129,6 @@ def arrange(images, y):
     missing = -len(images) % R
     images = torch.cat([images, images.new_zeros(missing, 32, 32)])
     return images.view(-1, R, 32, 32).transpose(0, 1)
-
-
-def panel(grid, title):
-    return picture.panel(grid.cpu().numpy(), title)
 
 
 def write(out, panels, images, y):

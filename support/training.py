@@ -6,6 +6,7 @@
         run.record(loss)
     run.finish()
 """
+import copy
 import zlib
 from pathlib import Path
 
@@ -15,8 +16,8 @@ import torch.distributed as dist
 
 from support import checkpoint, mnist
 from support.checkpoint import NETWORKS
-from support.command import (BadInput, Interrupt, Progress, file_name, find,
-                             number, processes, say, try_place, write_whole)
+from support.command import (BadInput, Interrupt, Progress, file_name, number,
+                             processes, say, try_place, write_whole)
 
 HEADER = "step,loss\n"         # of the log
 
@@ -26,24 +27,27 @@ def add_options(parser, arch=None):
     """
     add = parser.add_argument
     many = number(int, 1, 1e9)
-    own = NETWORKS[arch] if arch else dict.fromkeys(("steps", "batch", "lr"))
+    own = NETWORKS.get(arch, {})
     out = f"runs/{arch}.pt" if arch else None
-    add("--steps", type=many, default=own["steps"], help=f"how many ({own['steps'] or 'see below'})")
-    add("--batch", type=many, default=own["batch"],
-        help=f"images a step ({own['batch'] or 'see below'})")
-    add("--lr", type=number(float, 1e-9, 1e3), default=own["lr"],
-        help=f"peak learning rate ({own['lr'] or 'see below'})")
+    for name, kind, text in (("steps", many, "how many"), ("batch", many, "images a step"),
+                             ("lr", number(float, 1e-9, 1e3), "peak learning rate")):
+        add(f"--{name}", type=kind, default=own.get(name),
+            help=f"{text} ({own.get(name, 'see below')})")
     add("--seed", type=number(int, 0, 2**32), default=0, help="of all that is random (0)")
     add("--data", type=file_name, default=mnist.FILE, metavar="FILE|DIR",
         help=".npz, or a folder of IDX files: images of 28x28, labels of 0 to 9 (MNIST)")
-    add("--init", type=file_name, metavar="FILE.pt", help="start from the weights of this checkpoint")
-    add("--out", type=file_name, default=out, metavar="FILE.pt", help=f"({out or 'runs/<arch>.pt'})")
-    add("--resume", action="store_true", help="go on from --out, if it is there")
+    add("--init", type=file_name, metavar="FILE.pt",
+        help="start from the weights of this checkpoint (from random ones)")
+    add("--out", type=file_name, default=out, metavar="FILE.pt",
+        help=f"the checkpoint; beside it a .csv of step and loss ({out or 'runs/ARCH.pt'})")
+    add("--resume", action="store_true", help="go on from --out, if it is there (start anew)")
+    add("--overwrite", action="store_true",
+        help="replace any checkpoint at --out (only a finished one of the same configuration)")
     add("--save-every", type=many, default=500, metavar="N", help="save every N steps (500)")
     add("--device", help="as torch names it: cpu, cuda, mps (cuda where there is one, else cpu)")
 
 
-def prepare_out(options, *inputs):
+def prepare_out(options):
     """Raise BadInput where --out cannot be written, or must not replace what is there."""
     out = Path(options.out)
     _, world = processes()
@@ -53,17 +57,25 @@ def prepare_out(options, *inputs):
         raise BadInput(f"--out {options.out!r}: expected the name of a file that ends in .pt")
     try_place(out)
     if out.exists():
-        places = [find(file) for file in inputs if file]
-        if any(place.exists() and out.samefile(place) for place in places):
-            raise BadInput(f"--out {out} is an input of this run: choose another --out")
         saved = checkpoint.read(out)
-        if saved["step"] < saved["config"]["steps"] and not options.resume:
-            raise BadInput(f"--out {out} is an unfinished run (step {saved['step']}): "
-                           "add --resume, or choose another --out")
+        if not is_finished(saved) and not (options.resume or options.overwrite):
+            raise BadInput(f"--out {out} is an unfinished run (step {saved['step']}): add --resume "
+                           "or --overwrite, or choose another --out")
     log = out.with_suffix(".csv")
     try_place(log)
     if log.exists() and not log.read_text(errors="replace").startswith(HEADER):
         raise BadInput(f"{log} is not the log of a training run: choose another --out")
+
+
+def is_finished(saved):
+    return saved["step"] == saved["config"]["steps"]
+
+
+def changes(saved, config, keys):
+    """In words, what the config of a checkpoint has otherwise. Old files may lack keys."""
+    theirs = config | saved["config"]
+    return ", ".join(f"{key} ({theirs[key]}, here {config[key]})" for key in keys
+                     if theirs[key] != config[key])
 
 
 def describe(options, arch, data, **more):
@@ -75,7 +87,8 @@ def describe(options, arch, data, **more):
     crc = zlib.crc32(labels.numpy(), zlib.crc32(images.numpy()))
     return dict(arch=arch, net={}, latent=False, predict=None, path=None, steps=options.steps,
                 batch=options.batch, lr=options.lr, seed=options.seed, init=options.init,
-                data=crc, real_diversity=mnist.diversity(x_test, y_test)) | more
+                data=crc, labels=labels.unique().tolist(),
+                real_diversity=mnist.diversity(x_test, y_test)) | more
 
 
 def rise_and_fall(optimizer, lr, steps):
@@ -126,9 +139,9 @@ class Training:
         self.done = 0
         self.losses = []                        # tensors, of the steps since the last save
         self.log = HEADER
-        if options.resume and self.out.exists():
-            self.restore()
-        elif options.init is not None:
+        if self.out.exists():
+            self.meet(checkpoint.read(self.out), options)
+        if self.done == 0 and options.init is not None:
             self.start_from(options.init)
         self.first = self.done
         parameters = sum(p.numel() for p in net.parameters())
@@ -137,34 +150,58 @@ class Training:
 
     def start_from(self, file):
         saved = checkpoint.read(file)
-        for key in ("arch", "net", "predict", "latent"):
-            if saved["config"].get(key) != self.config[key]:
-                raise BadInput(f"--init {file}: its {key} is {saved['config'].get(key)}, "
-                               f"not {self.config[key]}")
+        changed = changes(saved, self.config, ("arch", "net", "predict", "latent"))
+        if changed:
+            raise BadInput(f"--init {file} has another {changed}")
         checkpoint.rebuild(saved["config"], saved["weights"], file)     # raises BadInput
         self.net.load_state_dict(saved["weights"])
+        say(f"from the weights of {file}, step {saved['step']} of {saved['config']['steps']}")
 
-    def restore(self):
-        saved = checkpoint.read(self.out)
+    def meet(self, saved, options):
+        """Go on from the checkpoint that is at --out, or say that it is replaced; else BadInput."""
         # not real_diversity: data decides it, but its last bits vary with the threads
-        changed = [key for key in self.config if key != "real_diversity"
-                   and saved["config"].get(key) != self.config[key]]
-        if changed:
-            raise BadInput(f"{self.out} has another {', '.join(changed)}: choose another --out; "
-                           f"--init {self.out} starts a new run from its weights")
+        keys = [key for key in self.config if key != "real_diversity"]
+        changed = changes(saved, self.config, keys)
+        if changed and (options.resume or not options.overwrite):
+            raise BadInput(f"{self.out} has another {changed}: choose another --out, or replace it "
+                           f"by --overwrite; --init {self.out} starts from its weights")
+        if options.resume:
+            self.restore(saved)
+        else:
+            say(f"{self.out}, step {saved['step']} of {saved['config']['steps']}, is replaced")
+
+    def restore(self, saved):
         checkpoint.rebuild(saved["config"], saved["weights"], self.out)         # raises BadInput
-        self.net.load_state_dict(saved["weights"])
-        if saved["step"] < self.config["steps"]:
-            try:
-                self.optimizer.load_state_dict(saved["optimizer"])
-                self.schedule.load_state_dict(saved["schedule"])
-            except Exception:                   # a damaged state may fail anywhere
-                raise checkpoint.damaged(self.out) from None
         self.done = saved["step"]
+        if is_finished(saved):
+            self.net.load_state_dict(saved["weights"])
+        else:
+            try:
+                self.try_states(copy.deepcopy(saved))
+                self.load_states(saved)
+            except Exception:                   # a forged state may fail anywhere
+                raise checkpoint.damaged(self.out) from None
         log = self.out.with_suffix(".csv")
         if log.exists():
             lines = log.read_text(errors="replace").splitlines(keepends=True)
             self.log = "".join(lines[:1 + self.done])
+
+    def load_states(self, saved):
+        self.net.load_state_dict(saved["weights"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+
+    def try_states(self, saved):
+        """Go on from a copy of a checkpoint, with gradients of 0; raises anything where its states
+        are not those of this run."""
+        self.load_states(saved)
+        if self.schedule.last_epoch != self.done or not saved["optimizer"]["state"]:
+            raise ValueError
+        for p in self.net.parameters():
+            p.grad = torch.zeros_like(p)
+        self.optimizer.step()
+        for _ in range(self.done, self.config["steps"]):
+            self.schedule.step()
 
     def was_finished(self):
         """Whether there was nothing left to do."""

@@ -17,7 +17,7 @@ from chapters.oracle import Mixture
 from conftest import close, error_line
 from experiments import guides, measures, plots
 from paths import CondOT
-from support import checkpoint, command, mnist
+from support import command, mnist
 
 THREE = Mixture([[-1.0, 0.5, 0.0], [1.0, -0.5, 0.3], [0.2, 1.5, -1.0]], std=[0.5, 0.4, 0.6],
                 weight=[0.3, 0.5, 0.2], label=[0, 1, 2])
@@ -222,6 +222,7 @@ def test_samples_that_cannot_be_measured_are_one_line(evaluate, capsys, images, 
     line = ["samples.npz", "--data", "some.npz"]
     assert command.execute(partial(measures.main, line)) == 2
     error_line(capsys)
+    assert not measures.EVALUATOR.exists()      # refused before the work
 
 
 @pytest.mark.parametrize("options", [

@@ -6,14 +6,16 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import ROOT, error_line
+from conftest import ROOT, error_line, run_line, signal_in
 from support import checkpoint, command
 
 TRAIN = "train.py --arch unet --steps 1 --batch 2"
@@ -33,10 +35,12 @@ def test_a_picture_destroys_nothing_that_is_no_picture(run, unet, capsys, line):
 
 
 def test_two_processes_write_one_file_each_whole(tmp_path):
-    """Neither fails, and what a user has under such a name stays."""
+    """Neither fails, and what a user has under such a name stays, if it is not old."""
     mine = tmp_path / ".a.1.tmp", tmp_path / ".a.probe"
-    for path in mine:
+    left = tmp_path / ".a.2.tmp"                # by a process that was killed two hours ago
+    for path in (*mine, left):
         path.touch()
+    os.utime(left, (time.time() - 7200,) * 2)
 
     def write_often(letter):
         for _ in range(100):
@@ -54,6 +58,16 @@ def test_two_processes_write_one_file_each_whole(tmp_path):
     assert sorted(tmp_path.iterdir()) == [*mine, tmp_path / "a"]
 
 
+def test_a_full_disk_at_the_first_save_leaves_nothing(run, monkeypatch, capsys):
+    def fail(file, saved):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "save", fail)
+    assert run(f"{TRAIN} --out a.pt") == 2
+    assert "No space left" in error_line(capsys)
+    assert not [*Path().iterdir()]
+
+
 def test_a_link_stays_a_link_and_its_file_is_written(tmp_path):
     (tmp_path / "link").symlink_to("file")
     for data in (b"new", b"newer"):
@@ -65,8 +79,8 @@ def test_a_link_stays_a_link_and_its_file_is_written(tmp_path):
 # ---------------------------------------------------------------- what is read
 
 def spoil(saved, part, value):
-    """A change of a checkpoint's dict, at a path of keys."""
-    *parents, last = part.split("/")
+    """A change of a checkpoint's dict, at a path of keys and numbers."""
+    *parents, last = [int(key) if key == "0" else key for key in part.split("/")]
     for key in parents:
         saved = saved[key]
     if value is None:
@@ -75,6 +89,16 @@ def spoil(saved, part, value):
         saved[last] = value
 
 
+@pytest.fixture(scope="module")
+def halfway(tmp_path_factory, few):
+    """The unfinished checkpoint of a run of 9 steps, at step 4."""
+    file = tmp_path_factory.mktemp("halfway") / "a.pt"
+    with signal_in(4):
+        assert run_line(f"{LINE} --out {file}", few) == 130
+    return file
+
+
+LINE = "train.py --arch unet --predict z --times logit-normal --steps 9 --batch 8"
 NAN = torch.full((32,), torch.nan)
 
 
@@ -82,16 +106,20 @@ NAN = torch.full((32,), torch.nan)
     (use, part, value) for use in ("--init bad.pt --out new.pt", "--resume --out bad.pt")
     for part, value in (("weights", None), ("weights", {1: 2}), ("weights/net.norm.bias", NAN),
                         ("config/net", dict(layers=1)))
-] + [("--resume --out bad.pt", "optimizer", None), ("--resume --out bad.pt", "schedule", 3)])
-def test_a_damaged_checkpoint_starts_no_run(run, unet, capsys, use, part, value):
-    """With a right checksum: parts that are missing, of another network, or not finite."""
-    saved = dict(checkpoint.read(unet), optimizer={}, schedule={})
-    saved["config"]["steps"] = 9
+] + [("--resume --out bad.pt", part, value) for part, value in (
+    ("optimizer", None), ("optimizer/state", {}), ("optimizer/state/0", 3),
+    ("optimizer/state/0/exp_avg", None), ("optimizer/state/0/exp_avg", torch.zeros(7)),
+    ("optimizer/param_groups", None), ("optimizer/param_groups/0/lr", "x"), ("schedule", 3),
+    ("schedule/last_epoch", "x"), ("schedule", {}), ("schedule/total_steps", 5),
+    ("schedule/_schedule_phases", []))])
+def test_a_damaged_checkpoint_starts_no_run(run, halfway, capsys, use, part, value):
+    """With a right checksum: parts that are missing, of another network, type or shape, or not
+    finite."""
+    saved = checkpoint.read(halfway)
     spoil(saved, part, value)
     checkpoint.save("bad.pt", saved)
     before = Path("bad.pt").read_bytes()
-    line = "train.py --arch unet --predict z --times logit-normal --steps 9 --batch 8"
-    assert run(f"{line} {use}") == 2
+    assert run(f"{LINE} {use}") == 2
     error_line(capsys)
     assert Path("bad.pt").read_bytes() == before
 
@@ -134,7 +162,7 @@ def test_a_classifier_guides_on_its_own_data_and_path_only(run, few, unet, capsy
     assert "label accuracy" in capsys.readouterr().out
     with np.load(few) as npz:
         np.savez("other.npz", **{key: npz[key][5:] for key in npz})
-    assert run("chapters.classifier --steps 1 --batch 8 --data other.npz") == 0
+    assert run("chapters.classifier --steps 1 --batch 8 --data other.npz --overwrite") == 0
     assert run(f"{SAMPLE} --ckpt {unet}") == 0
     assert "no classifier has seen these data" in capsys.readouterr().out
 
@@ -197,11 +225,61 @@ def test_commands_work_whatever_the_default_type_is(run, few):
         torch.set_default_dtype(torch.float32)
 
 
-def test_sampling_minds_no_variables_of_torchrun(run, unet, monkeypatch):
-    """WORLD_SIZE alone, as a cluster's shell may have it; also when progress is shown."""
+def test_progress_needs_no_clock_no_terminal_and_no_torchrun(run, unet, monkeypatch, capsys):
+    """A clock that stands still; a stream in stdout's place; WORLD_SIZE alone, as a cluster's shell
+    may have it."""
     monkeypatch.setattr(command.Progress, "is_due", lambda self: True)
+    monkeypatch.setattr(time, "monotonic", lambda: 7.0)
+    monkeypatch.setattr(os, "isatty", lambda number: True)
+    assert run(f"{TRAIN} --out a.pt") == 0
+    assert run(f"{TRAIN} --lr 1 --out a.pt") == 2
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert run(f"{SAMPLE} --ckpt {unet}") == 0
+    said = capsys.readouterr()
+    assert "\033" not in said.out + said.err
+
+
+class NoDoubles(TorchDispatchMode):
+    """Apple's MPS has no float64."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        assert getattr(out, "dtype", None) != torch.float64 or out.ndim == 0
+        return out
+
+
+def test_no_command_makes_tensors_of_float64(run):
+    """But for numbers, which are on the CPU."""
+    with NoDoubles():
+        assert run(f"{TRAIN} --out a.pt") == 0
+        assert run("chapters.classifier --steps 1 --batch 2") == 0
+        for sampler in ("em", "ddpm", "pc"):
+            assert run(f"{SAMPLE} --ckpt a.pt --sampler {sampler}") == 0
+
+
+def test_only_weights_and_data_are_found_from_another_folder(run, unet, monkeypatch, capsys):
+    """runs/ of the clone holds other networks than that of this folder."""
+    Path("clone/runs").mkdir(parents=True)
+    for name in ("mine", "classifier"):
+        Path(f"clone/runs/{name}.pt").write_bytes(unet.read_bytes())
+    monkeypatch.setattr(command, "HERE", Path("clone").resolve())
+    assert run(f"{SAMPLE} --ckpt runs/mine.pt") == 2
+    assert "no such file" in error_line(capsys)
+    Path("clone/runs").rename("clone/weights")
+    assert run(f"{SAMPLE} --ckpt weights/mine.pt") == 0
+
+
+def test_a_home_is_expanded_in_every_path(run, few, monkeypatch):
+    """--out=~/x.pt, which the shell leaves alone, makes no folder named ~."""
+    monkeypatch.setenv("HOME", str(Path("home").resolve()))
+    Path("home").mkdir()
+    Path("home/few.npz").write_bytes(few.read_bytes())
+    assert run("chapters.vae --steps 1 --batch 2 --data=~/few.npz --out=~/v.pt") == 0
+    assert run(f"{TRAIN} --latent=~/v.pt --out=~/a.pt") == 0
+    assert run(f"{TRAIN} --latent=~/v.pt --init=~/a.pt --out=~/b.pt") == 0
+    assert run(f"{SAMPLE} --ckpt=~/b.pt --out=~/s.png") == 0
+    assert not Path("~").exists()
+    assert {"a.csv", "b.pt", "s.png"} < {path.name for path in Path("home").iterdir()}
 
 
 # ---------------------------------------------------------------- the terminal
@@ -209,11 +287,13 @@ def test_sampling_minds_no_variables_of_torchrun(run, unet, monkeypatch):
 @pytest.mark.parametrize("line, redirect, status, lines", [
     (f"{SAMPLE} --ckpt UNET", "| true", 1, 0), (f"{SAMPLE} --ckpt UNET", "> /dev/full", 2, 1),
     (f"{SAMPLE} --ckpt UNET", ">&-", 0, 0), ("chapters.oracle", "> /dev/full", 2, 1),
-    (f"{SAMPLE} --ckpt UNET --out \u03b5.png", "", 0, 0)])
-def test_a_stdout_that_takes_nothing_is_silence_or_one_line(run, unet, line, redirect, status,
+    (f"{SAMPLE} --ckpt UNET --out \u03b5.png", "", 0, 0), ("train.py --help", "| true", 1, 0),
+    ("train.py --help", "> /dev/full", 1, 0), (f"{TRAIN} --data FEW --out a.pt", "| true", 0, 0)])
+def test_a_stdout_that_takes_nothing_is_silence_or_one_line(run, few, unet, line, redirect, status,
                                                             lines):
-    """A reader that went away, a full disk, a closed stdout, a terminal of ascii alone."""
-    line = line.replace("UNET", str(unet))
+    """A reader that went away, a full disk, a closed stdout, a terminal of ascii alone. Training
+    goes on."""
+    line = line.replace("UNET", str(unet)).replace("FEW", str(few))
     environment = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONUNBUFFERED="")
     command_line = f"set -o pipefail; {sys.executable} {ROOT}/{line} {redirect}"
     done = subprocess.run(["bash", "-c", command_line], text=True, capture_output=True,

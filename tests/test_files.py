@@ -78,6 +78,8 @@ def forge(unet, change):
     ("damaged", lambda s: s["config"].update(net=7)),
     ("damaged", lambda s: s["config"].update(arch=[1])),
     ("damaged", lambda s: s["config"].pop("data")),
+    ("damaged", lambda s: s["config"].pop("latent")),
+    ("damaged", lambda s: s["config"].update(labels=3)),
     ("damaged", lambda s: s["config"].update(real_diversity="x")),
     ("damaged", lambda s: s.update(config=[1])),
     ("damaged", lambda s: s.update(step=torch.zeros(2))),
@@ -89,6 +91,16 @@ def test_a_forged_checkpoint_is_one_line_that_names_what_is_wrong(run, unet, cha
     forge(unet, change)
     assert run("sample.py --w 1 --n 2 --steps 1 --ckpt forged.pt") == 2
     assert says in error_line(capsys)
+
+
+def test_a_checkpoint_may_lack_what_older_ones_lack(run, unet):
+    """The labels and eta: it samples, starts a run and goes on."""
+    assert run("train.py --arch unet --steps 4 --batch 8 --save-every 2 --out old.pt") == 0
+    for file in (unet, "old.pt"):
+        forge(file, lambda s: [s["config"].pop(key) for key in ("labels", "eta")])
+        assert run("sample.py --w 1 3 --n 2 --steps 1 --ckpt forged.pt") == 0
+    for options in ("--out forged.pt --resume", "--init forged.pt --out new.pt"):
+        assert run(f"train.py --arch unet --steps 4 --batch 8 {options}") == 0
 
 
 def test_a_pickle_never_runs(run, unet):
@@ -175,6 +187,7 @@ def test_odd_but_valid_data_train_and_sample(run, few, key, function):
     ("x_train", lambda x: x.astype(float)),
     ("x_train", lambda x: x.astype(int) - 1),
     ("x_train", lambda x: x[:, :20]),
+    ("x_train", lambda x: x // 128),            # pixels of 0 and 1: pictures nearly black
     ("x_test", lambda x: x[:0]),
     ("y_train", lambda y: y[:5]),
     ("y_train", lambda y: y + 1),

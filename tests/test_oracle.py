@@ -87,16 +87,17 @@ def test_posterior_is_bayes_rule(path, x):
 
 # ---------------------------------------------------------------- what w does
 
-@pytest.mark.parametrize("w", [0.5, 3.0])
-def test_moments_of_the_tilted_distribution(w):
-    """Of p(z|y)^w p(z)^(1-w) / Z, with densities of torch."""
-    z = line(-6, 10, 5001)
-    p_y = Normal(1, 0.5).log_prob(z).exp()
-    p = (p_y + Normal(-1, 0.5).log_prob(z).exp()) / 2
-    q = p_y**w * p**(1 - w)
-    mean = (q * z).sum() / q.sum()
-    std = ((q * (z - mean)**2).sum() / q.sum()).sqrt()
-    close(tilted_moments(TWO, 1, w), [mean, std], 1e-3)
+@pytest.mark.parametrize("w", [-1.0, 0.5, 3.0, 20.0])
+@pytest.mark.parametrize("mu, std", [
+    ((-1, 1), (0.5, 0.5)), ((0, 10), (1, 1)), ((0, 10), (2, 0.1)), ((70, 70.1), (1, 1))])
+def test_moments_of_the_tilted_distribution(mu, std, w):
+    """Of p(z|y)^w p(z)^(1-w) / Z, with densities of torch; wherever the Gaussians are."""
+    mixture = oracle.Mixture([mu[:1], mu[1:]], std, weight=[0.5, 0.5], label=[1, 0])
+    z = line(mu[0] - 60, mu[0] + 60, 100001)
+    p_y, other = (Normal(*parts).log_prob(z) for parts in zip(mu, double(std)))
+    q = (w * p_y + (1 - w) * torch.logaddexp(p_y, other)).softmax(dim=0)
+    mean = (q * z).sum()
+    close(tilted_moments(mixture, 1, w), [mean, (q * (z - mean)**2).sum().sqrt()], 1e-3)
 
 
 def test_resampling_keeps_each_sample_as_often_as_its_weight_says():
@@ -131,9 +132,9 @@ def test_the_tables_show_who_is_near_the_tilted_distribution_and_where_guidance_
     oracle.print_table(scales=(1, 1.5, 3), n=2000, steps=200)
     oracle.print_aim(ts=(0.1, 1.0))
     rows = {}
-    for line in capsys.readouterr().out.splitlines():
-        rows[line[:46].strip()] = [float(number) for number in line[46:].split() if number != "w"
-                                   and number[0].isdigit()]
+    for row in capsys.readouterr().out.splitlines():
+        cells = [cell for cell in row[46:].split() if cell[0].isdigit()]
+        rows[row[:46].strip()] = [float(cell) for cell in cells]
     tilted = rows.pop("tilted distribution, p(.|y)^w p^(1-w)")
     assert tilted[0::2] == [1.0, 1.02, 1.05]
     means = {name: row[4] for name, row in rows.items() if len(row) == 6}

@@ -4,6 +4,7 @@ The mathematics of the paths is in test_cfg.py.
 """
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch.func import jvp, vjp, vmap
@@ -11,12 +12,14 @@ from torch.func import jvp, vjp, vmap
 from cfg_min import (cfg_cfm_loss, drop_labels, euler, euler_maruyama, guide,
                      guided_field)
 from chapters.classifier import (NoisyClassifier, classifier_gradient,
-                                 classifier_guided_field)
+                                 classifier_guided_field, measure_label_errors)
 from chapters.ddpm import cfg_dsm_loss, ddim
-from chapters.oracle import TWO
-from conftest import ALL_PATHS, MANY, close, double, randomize, tiny
+from chapters.oracle import TWO, Mixture, repaired_sde, tilted_moments
+from chapters.samplers import langevin
+from conftest import ALL_PATHS, MANY, MIX, close, double, randomize, tiny
 from dit import DiT
 from paths import DDPM, CondOT, DataField, EpsField, GaussianPath
+from support import mnist
 from unet import UNet
 
 # ---------------------------------------------------------------- derivatives
@@ -130,42 +133,111 @@ def test_time_goes_over_the_batch_and_never_over_the_width(path):
         close(noise[i:i + 1], path.u_to_eps(z[i:i + 1], eps[i:i + 1], t[i]), 1e-5)
 
 
-def net_without_channels(x, t, y):
+def flat_net(x, t, y):
     return x[:, 0]
 
 
+def still(x, t):
+    return x
+
+
+PATH = CondOT()
 IMAGES = torch.zeros(4, 1, 8, 8)
 FLAT = torch.zeros(4, 8, 8)
 Y = torch.zeros(4, dtype=torch.int64)
-REFUSED = {
-    "sample": lambda: CondOT().sample(IMAGES, FLAT, 0.5),
-    "u_to_data": lambda: CondOT().u_to_data(FLAT, IMAGES, 0.5),
-    "score_to_u": lambda: CondOT().score_to_u(FLAT, IMAGES, 0.5),
-    "t (B, 1)": lambda: CondOT().sample(IMAGES, IMAGES, torch.rand(4, 1)),
-    "t (1,)": lambda: CondOT().sample(IMAGES, IMAGES, torch.rand(1)),
+SHAPES = {
+    "sample": lambda: PATH.sample(IMAGES, FLAT, 0.5),
+    "u_to_data": lambda: PATH.u_to_data(FLAT, IMAGES, 0.5),
+    "score_to_u": lambda: PATH.score_to_u(FLAT, IMAGES, 0.5),
+    "t (B, 1)": lambda: PATH.sample(IMAGES, IMAGES, torch.rand(4, 1)),
+    "t (1,)": lambda: PATH.sample(IMAGES, IMAGES, torch.rand(1)),
     "guide": lambda: guide(IMAGES, FLAT, 3.0),
+    "w (B - 1,)": lambda: guide(IMAGES, IMAGES, torch.ones(3)),
     "y (B, 1)": lambda: drop_labels(Y[:, None], 0.1),
-    "eta > 1": lambda: drop_labels(Y, 1.5),
-    "eta nan": lambda: drop_labels(Y, float("nan")),
     "guided y (B, 1)": lambda: guided_field(tiny, IMAGES, 0.5, Y[:, None], 3.0),
     "guided t (1,)": lambda: guided_field(tiny, IMAGES, torch.rand(1), Y, 3.0),
-    "guided w (B - 1,)": lambda: guided_field(tiny, IMAGES, 0.5, Y, torch.ones(3)),
-    "guided net": lambda: guided_field(net_without_channels, IMAGES, 0.5, Y, 3.0),
-    "loss y (B - 1,)": lambda: cfg_cfm_loss(tiny, CondOT(), IMAGES, Y[1:]),
-    "DSM loss y (B - 1,)": lambda: cfg_dsm_loss(tiny, CondOT(), IMAGES, Y[1:]),
+    "net, w = 0": lambda: guided_field(flat_net, IMAGES, 0.5, Y, 0),
+    "net, w = 1": lambda: guided_field(flat_net, IMAGES, 0.5, Y, 1),
+    "net, w = 3": lambda: guided_field(flat_net, IMAGES, 0.5, Y, 3.0),
+    "net as a classifier": lambda: measure_label_errors(flat_net, PATH, IMAGES, Y / 2, IMAGES),
+    "loss y (B - 1,)": lambda: cfg_cfm_loss(tiny, PATH, IMAGES, Y[1:]),
+    "DSM loss y (B - 1,)": lambda: cfg_dsm_loss(tiny, PATH, IMAGES, Y[1:]),
+    "net and loss": lambda: cfg_cfm_loss(flat_net, PATH, IMAGES, Y),
+    "net and DSM loss": lambda: cfg_dsm_loss(flat_net, PATH, IMAGES, Y),
     "gradient y (1,)": lambda: classifier_gradient(NoisyClassifier(), IMAGES, 0.5, Y[:1]),
-    "noise > 1": lambda: ddim(lambda x, t: x, IMAGES, 3, CondOT(), noise=2.0),
+    "U-Net y (1,)": lambda: UNet()(IMAGES, 0.5, Y[:1]),
+    "DiT y (1,)": lambda: DiT(size=8)(IMAGES, 0.5, Y[:1]),
+    "28 x 28": lambda: UNet()(torch.zeros(4, 1, 28, 28), 0.5, Y),
     "image that is no square": lambda: DiT()(torch.zeros(4, 1, 16, 64), 0.5, Y),
-    "net and loss": lambda: cfg_cfm_loss(net_without_channels, CondOT(), IMAGES, Y),
-    "net and DSM loss": lambda: cfg_dsm_loss(net_without_channels, CondOT(), IMAGES, Y),
+    "push": lambda: ddim(still, MIX.mu, 3, PATH, 1.0, push=lambda x, s: x[:, :1]),
+    "noise of ddim": lambda: ddim(still, MIX.mu, 3, PATH, 1.0, randn=lambda x: x[:, :1]),
+    "noise of em": lambda: euler_maruyama(still, MIX.mu, 3, PATH, randn=lambda x: x[:, :1]),
+    "accuracy": lambda: mnist.accuracy(lambda x, t: x[:, 0, 0], IMAGES.byte(), Y[:, None]),
+    "x of a mixture": lambda: TWO.u(PATH, MIX.mu, 0.5, Y),
+    "weight (1,)": lambda: Mixture(mu=[[0.0], [1.0]], std=[1, 1], weight=[1.0], label=[0, 1]),
+}
+VALUES = {
+    "null 2.7": lambda: guided_field(tiny, IMAGES, 0.5, Y, 3.0, null=2.7),
+    "label above null": lambda: drop_labels(Y + 11, 0.1),
+    "label above null in a loss": lambda: cfg_cfm_loss(tiny, PATH, IMAGES, Y + 5, null=4),
+    "eta > 1": lambda: drop_labels(Y, 1.5),
+    "eta nan": lambda: drop_labels(Y, float("nan")),
+    "t 500": lambda: cfg_cfm_loss(tiny, PATH, IMAGES, Y, t=Y + 500.0),
+    "t -1": lambda: cfg_dsm_loss(tiny, PATH, IMAGES, Y, t=Y - 1.0),
+    "t a number": lambda: cfg_cfm_loss(tiny, PATH, IMAGES, Y, t=0.5),
+    "t0 -1": lambda: euler(still, MIX.mu, 3, t0=-1),
+    "t of langevin": lambda: langevin(still, MIX.mu, 500, PATH, 1),
+    "langevin steps -1": lambda: langevin(still, MIX.mu, 0.5, PATH, -1),
+    "noise > 1": lambda: ddim(still, MIX.mu, 3, PATH, noise=2.0),
+    "sigma -1": lambda: euler_maruyama(still, MIX.mu, 3, PATH, sigma=-1.0),
+    "sigma(t) -1": lambda: euler_maruyama(still, MIX.mu, 3, PATH, sigma=lambda t: -1.0),
+    "no bound": lambda: EpsField(tiny, PATH),
+    "y a number": lambda: guided_field(tiny, IMAGES, 0.5, 3, 3.0),
+    "y a list": lambda: cfg_cfm_loss(tiny, PATH, IMAGES, [0, 1, 2, 3]),
+    "w a list": lambda: guide(IMAGES, IMAGES, [1.0, 2.0, 3.0, 4.0]),
+    "label of a mixture": lambda: Mixture(mu=[[0.0]], std=[1.0], weight=[1.0], label=[10]),
+    "std 0": lambda: Mixture(mu=[[0.0]], std=[0.0], weight=[1.0], label=[0]),
+    "repaired SDE": lambda: repaired_sde(
+        lambda x, t, y: torch.where(x < -1, torch.inf, x), MIX.mu, Y, 3.0, 3),
+    "tilt without an integral": lambda: tilted_moments(NARROW, 0, -2.0),
+}
+NARROW = Mixture(mu=[[0.0], [0.0]], std=[1.0, 3.0], weight=[0.5, 0.5], label=[0, 1])
+ZERO = {
+    "u_to_score": lambda t: PATH.u_to_score(MIX.mu, MIX.mu, t),
+    "data_to_u": lambda t: PATH.data_to_u(MIX.mu, MIX.mu, t),
+    "eps_to_u": lambda t: PATH.eps_to_u(MIX.mu, MIX.mu, 1 - t),
+    "eps_to_data": lambda t: PATH.eps_to_data(MIX.mu, MIX.mu, 1 - t),
+    "score_to_u": lambda t: PATH.score_to_u(MIX.mu, MIX.mu, 1 - t),
+    "langevin": lambda t: langevin(still, MIX.mu, t, PATH, 1),
 }
 
 
-@pytest.mark.parametrize("call", REFUSED.values(), ids=REFUSED.keys())
-def test_shapes_that_do_not_fit_are_refused(call):
-    """Else they would broadcast to something that looks right."""
-    with pytest.raises(ValueError):
+@pytest.mark.parametrize("call", [*SHAPES.values(), *VALUES.values()], ids=[*SHAPES, *VALUES])
+def test_shapes_and_values_that_do_not_fit_are_refused(call):
+    """Else shapes would broadcast, and numbers lead, to something that looks right."""
+    with pytest.raises((ValueError, TypeError)):
         call()
+
+
+@pytest.mark.parametrize("call", ZERO.values(), ids=ZERO.keys())
+def test_where_alpha_or_beta_is_0_a_number_t_is_refused(call):
+    """A tensor t is not looked at, as vmap could not follow."""
+    with pytest.raises(ValueError, match="is 0 at t"):
+        call(1)
+    if call is not ZERO["langevin"]:
+        call(torch.tensor(1.0))
+
+
+@pytest.mark.parametrize("w", [np.float32(2), np.int64(2), torch.tensor(2), torch.full((4,), 2.0)])
+def test_a_scale_is_a_number_of_any_kind_or_one_a_sample(w):
+    cond, uncond = torch.rand(2, 4, 4)
+    close(guide(cond, uncond, w), 2 * cond - uncond, 1e-6)
+    close(guide(cond, uncond, torch.arange(4))[3], 3 * cond[3] - 2 * uncond[3], 1e-6)
+
+
+def test_dropped_labels_keep_their_type():
+    assert drop_labels(Y, 1.0, null=10.0).tolist() == [10] * 4
+    assert drop_labels(Y, 1.0, null=10.0).dtype == Y.dtype
 
 
 # ---------------------------------------------------------------- a path of one's own

@@ -14,9 +14,9 @@ from chapters import vae
 from chapters.classifier import classifier_gradient, classifier_guided_field
 from chapters.ddpm import ddim
 from chapters.samplers import gibbs, heun, predictor_corrector
-from conftest import error_line, randomize, run_line
+from conftest import MAINS, error_line, randomize, run_line
 from paths import CondOT
-from support import checkpoint, mnist, picture
+from support import checkpoint, command, mnist, picture
 from support.sampling import Noise, arrange, choose_labels
 
 
@@ -43,6 +43,8 @@ def loud(tmp_path_factory, few):
         saved = checkpoint.read(folder / f"{name}.pt")
         net = checkpoint.rebuild(saved["config"], saved["weights"], name)
         saved["weights"] = randomize(net).state_dict()
+        if name == "classifier":
+            saved["config"]["steps"] = 9        # unfinished
         checkpoint.save(folder / f"{name}.pt", saved)
     return folder
 
@@ -177,8 +179,21 @@ def test_the_report_is_of_the_samples_as_the_classifier_sees_them(run, loud, cap
     share = 100 * mnist.accuracy(classifier, images, labels)
     ratio = mnist.diversity(images, labels) / config["real_diversity"]
     said = capsys.readouterr().out
-    assert f"w = 3: label accuracy {share:.1f} % by runs/classifier.pt" in said
+    assert f"w = 3: label accuracy {share:.1f} % by runs/classifier.pt (step 1 of 9)" in said
     assert f"diversity {ratio:.2f} of that of real digits" in said
+
+
+@pytest.mark.parametrize("name", MAINS)
+def test_each_option_has_a_help_text_with_its_default(monkeypatch, name):
+    """At its end, in brackets."""
+    def check(self, argv):
+        for action in self._actions[1:]:        # after --help
+            assert re.search(r".+ \(.+\)$", action.help), action.dest
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command.Parser, "parse_args", check)
+    with pytest.raises(KeyboardInterrupt):
+        MAINS[name]([])
 
 
 @pytest.mark.parametrize("module", [sample, train])
@@ -233,6 +248,35 @@ def test_input_that_cannot_be_used_is_one_line_that_says_what_to_do(run, unet, c
     assert run(f"sample.py {w} --n 2 {ckpt} {line}") == 2
     assert says in error_line(capsys)
     assert Path("other.npz").read_bytes() == before
+
+
+ASKED = {
+    (0.0, range(10), "--w 3"): "never without a label",
+    (0.0, range(10), "--w 1 --label null"): "never without a label",
+    (0.0, range(10), "--w 0 --guidance classifier"): "never without a label",
+    (0.0, range(10), "--w 1"): "",
+    (0.0, range(10), "--w 3 --away-from 4"): "",
+    (1.0, range(10), "--w 1"): "never with a label",
+    (1.0, range(10), "--w 0"): "",
+    (1.0, range(10), "--w 3 --guidance classifier"): "",
+    (0.1, range(9), "--w 1"): "no label 9",
+    (0.1, range(9), "--w 2 --label 3 --away-from 9"): "no label 9",
+    (0.1, range(9), "--w 1 --label 3"): "",
+}
+
+
+@pytest.mark.parametrize("eta, labels, line", ASKED)
+def test_what_training_never_showed_is_named(run, loud, capsys, eta, labels, line):
+    """A label that the data lack, or the field that eta of 0 or 1 leaves out: one line, no more."""
+    saved = checkpoint.read(loud / "unet.pt")
+    saved["config"].update(eta=eta, labels=[*labels])
+    checkpoint.save("a.pt", saved)
+    Path("runs").symlink_to(loud)
+    assert run(f"sample.py --ckpt a.pt --n 10 --steps 2 {line} --out a.npz") == 0
+    said = capsys.readouterr().out
+    says = ASKED[eta, labels, line]
+    assert says in said
+    assert said.count("this network") == bool(says)
 
 
 @pytest.mark.parametrize("file, w, low", [

@@ -43,10 +43,13 @@ def test_samplers_begin_at_t0_and_need_a_step(sampler, x):
 
 
 @ALL_SAMPLERS
-def test_samplers_refuse_a_field_of_another_shape(sampler, x):
-    """A field of (6, 1) for x of (6, 2), which would broadcast."""
-    with pytest.raises(ValueError):
-        sampler(lambda x, t: x[:, :1], x, 3)
+@pytest.mark.parametrize("field, says", [
+    (lambda x, t: x[:, :1], "shape"), (lambda x, t: x / (t * torch.ones(6, 1)), "not finite")])
+def test_samplers_refuse_a_field_of_another_shape_and_samples_that_are_not_finite(
+        sampler, field, says, x):
+    """A field of (6, 1) for x of (6, 2), which would broadcast; one that is infinite at t = 0."""
+    with pytest.raises(ValueError, match=says):
+        sampler(field, x, 3)
 
 
 def field_of_gauss(path):

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import train
 from cfg_min import NULL, cfg_cfm_loss
-from conftest import ROOT, error_line, same, weights
+from conftest import ROOT, error_line, same, signal_in, weights
 from paths import PATHS, CondOT
 from support import checkpoint, mnist, training
 from unet import UNet
@@ -36,7 +36,7 @@ def test_the_default_is_the_lectures_recipe():
 
 
 class Zero(nn.Module):
-    """A network that returns 0, and remembers what it is given."""
+    """A network that returns 0, and remembers what it is given in training."""
 
     calls = []
 
@@ -45,7 +45,8 @@ class Zero(nn.Module):
         self.p = nn.Parameter(torch.zeros(()))
 
     def forward(self, x, t, y):
-        Zero.calls.append((x, t, y))
+        if self.training:                       # it is tried once before
+            Zero.calls.append((x, t, y))
         return self.p * x
 
 
@@ -105,44 +106,46 @@ def test_the_learning_rate_rises_to_lr_and_falls_to_0(steps):
     assert rates[-1] < 0.1 or steps == 1
 
 
-def test_an_interrupted_run_resumes_to_the_same_bits(run, monkeypatch):
-    """Ctrl-C after the second step saves and gives status 130; --resume ends as if nothing was."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_run_resumes_to_the_same_bits(run, capsys, number):
+    """It saves, says so and gives status 130; --resume ends as if nothing was."""
     assert run(f"{SHORT} --out whole.pt") == 0
-    record = training.Training.record
-
-    def interrupt(self, loss):
-        record(self, loss)
-        if self.done == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(training.Training, "record", interrupt)
-    before = signal.getsignal(signal.SIGINT)
-    assert run(f"{SHORT} --out half.pt") == 130
-    assert signal.getsignal(signal.SIGINT) == before
+    before = signal.signal(number, signal.default_int_handler)      # else it might end pytest
+    with signal_in(2, number):
+        assert run(f"{SHORT} --out half.pt") == 130
+    assert signal.signal(number, before) is signal.default_int_handler
+    said = capsys.readouterr().out.splitlines()[-1]
+    assert "step 2 of 6 to half.pt" in said
+    assert "--resume" in said
     assert checkpoint.read("half.pt")["step"] == 2
     assert Path("half.csv").read_text().count("\n") == 3
-    monkeypatch.setattr(training.Training, "record", record)
     assert run(f"{SHORT} --out half.pt --resume") == 0
     assert same(weights("half.pt"), weights("whole.pt"))
     assert Path("half.csv").read_text() == Path("whole.csv").read_text()
 
 
-def test_a_killed_run_keeps_what_it_saved_and_sigterm_saves(run, few):
-    """kill -9 leaves the last whole checkpoint; SIGTERM writes one, and the status is 130."""
+def test_a_signal_that_the_parent_ignores_stays_ignored(run):
+    """As in a script's background job, whose terminal gets a Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with signal_in(2):
+            assert run(f"{SHORT} --out whole.pt") == 0
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_killed_run_keeps_what_it_saved(run, few):
+    """kill -9 leaves the last whole checkpoint."""
     command = [sys.executable, f"{ROOT}/train.py", "--arch", "unet", "--steps", "100000", "--batch",
-               "4", "--data", str(few), "--save-every", "1", "--out"]
-    killed = subprocess.Popen([*command, "killed.pt"], stdout=subprocess.DEVNULL)
-    ended = subprocess.Popen([*command, "ended.pt"], stdout=subprocess.DEVNULL)
-    while not (Path("killed.pt").exists() and Path("ended.pt").exists()):
+               "4", "--data", str(few), "--save-every", "1", "--out", "a.pt"]
+    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    while not Path("a.pt").exists():
         time.sleep(0.1)
-    killed.send_signal(signal.SIGKILL)
-    ended.send_signal(signal.SIGTERM)
-    assert ended.wait() == 130
+    killed.kill()
     killed.wait()
-    for name in ("killed", "ended"):
-        step = checkpoint.read(f"{name}.pt")["step"]
-        assert 0 < step < 100000
-        assert Path(f"{name}.csv").read_text().count("\n") >= 1 + step
+    step = checkpoint.read("a.pt")["step"]
+    assert 0 < step < 100000
+    assert Path("a.csv").read_text().count("\n") >= 1 + step
 
 
 def test_init_starts_from_the_weights_of_another_run(run, unet):
@@ -168,8 +171,10 @@ def test_latent_models_carry_their_autoencoder(run, monkeypatch, tmp_path):
 
 
 def test_latents_have_variance_1(run, few):
-    """python chapters.vae sets scale so that the latents of the data have standard deviation 1."""
-    assert run("chapters.vae --steps 20 --batch 16 --out v.pt") == 0
+    """chapters.vae sets scale so that the latents of the data have standard deviation 1, also where
+    a save or Ctrl-C falls into the last step."""
+    with signal_in(20):
+        assert run("chapters.vae --steps 20 --batch 16 --save-every 20 --out v.pt") == 0
     vae, _ = checkpoint.load("v.pt")
     latents = training.encode(vae, mnist.load(few)[0])
     assert latents.shape == (300, 4, 8, 8)
@@ -232,7 +237,7 @@ def test_out_is_tried_before_training_and_destroys_nothing(run, few, unet, out, 
 
 
 @pytest.mark.parametrize("line, says", [
-    ("--init a.pt --out a.pt", "input"),
+    ("--init a.pt --out a.pt", "--overwrite"),
     ("--steps 9 --out a.pt --resume", "--init"),
     ("--arch dit --init a.pt --out b.pt", "arch"),
     ("--predict u --init a.pt --out b.pt", "predict"),
@@ -249,21 +254,48 @@ def test_input_that_cannot_be_used_is_one_line_that_says_what_to_do(run, unet, c
     assert Path("a.pt").read_bytes() == Path(unet).read_bytes()
 
 
-def test_an_unfinished_run_is_not_replaced_and_a_finished_one_is(run, unet, capsys):
-    saved = checkpoint.read(unet)
-    saved["config"]["steps"] = 9
-    checkpoint.save("half.pt", saved)
-    assert run(f"{SHORT} --out half.pt") == 2
-    assert "--resume" in error_line(capsys)
-    Path("a.pt").write_bytes(Path(unet).read_bytes())
-    assert run(f"{SHORT} --out a.pt") == 0
-    assert checkpoint.load("a.pt")[1]["step"] == 6
+@pytest.mark.parametrize("step, options, says", [
+    (4, "", ""), (4, "--lr 0.1", "lr (0.002, here 0.1)"), (4, "--lr 0.1 --overwrite", ""),
+    (2, "", "--resume or --overwrite"), (2, "--overwrite", ""),
+    (4, "--lr 0.1 --overwrite --resume", "lr (0.002, here 0.1)")])
+def test_only_a_finished_run_of_the_same_configuration_is_replaced_unasked(run, unet, capsys, step,
+                                                                           options, says):
+    """Others by --overwrite; a line says which one is replaced, or what to do."""
+    checkpoint.save("a.pt", dict(checkpoint.read(unet), step=step))
+    before = Path("a.pt").read_bytes()
+    line = "train.py --arch unet --predict z --times logit-normal --steps 4 --batch 8 --out a.pt"
+    status = run(f"{line} {options}")
+    if says:
+        assert status == 2
+        assert says in error_line(capsys)
+        assert Path("a.pt").read_bytes() == before
+    else:
+        assert status == 0
+        assert f"a.pt, step {step} of 4, is replaced" in capsys.readouterr().out
+        assert checkpoint.load("a.pt")[1]["step"] == 4
+
+
+class Faulty(Zero):
+    """A network with a mistake in what it does after training."""
+
+    def forward(self, x, t, y):
+        if not self.training:
+            raise ValueError("mine")
+        return self.p * x
+
+
+def test_a_mistake_in_a_network_is_its_own_and_shows_before_the_first_step(grey, monkeypatch):
+    monkeypatch.setitem(checkpoint.NETWORKS["unet"], "net", f"{__name__}.Faulty")
+    monkeypatch.setattr(train, "draw_batch", None)
+    with pytest.raises(ValueError, match="mine"):
+        grey("")
+    assert not Path("a.pt").exists()
 
 
 def test_weights_that_are_not_finite_are_never_saved(run, capsys, monkeypatch):
     """A learning rate that blows up is one line, soon, and the good file of before stays."""
     monkeypatch.setattr(training.Progress, "is_due", lambda self: True)
-    line = "train.py --arch dit --batch 8"
+    line = "train.py --arch dit --batch 8 --overwrite"
     assert run(f"{line} --steps 2 --out a.pt") == 0
     good = Path("a.pt").read_bytes()
     capsys.readouterr()
