@@ -1,4 +1,4 @@
-"""Classifier-free guidance (CFG), whole: the loss, the guidance rule, the guided field, two samplers.
+"""Classifier-free guidance (CFG), whole: loss, guidance rule, guided field, two samplers.
 
 The aim: images of class y, more clearly of class y than the data are. In four lines (Lecture 4):
 

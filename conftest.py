@@ -1,7 +1,7 @@
 """What several test files share.
 
-The exact fields come from chapters/oracle.py: MIX is four Gaussians of three classes in the plane. All
-mathematics is tested in float64.
+The exact fields come from chapters/oracle.py: MIX is four Gaussians of three classes in the plane.
+All mathematics is tested in float64.
 """
 import os
 import shlex

@@ -106,8 +106,8 @@ def parse(argv=None):
              "half way, denoise with guidance (euler)")
     add("--steps", type=many, default=25, help="of the sampler (25)")
     add("--sigma", type=number(float, 0, 1e3), help="the noise of em, a constant (sqrt(2 beta_t))")
-    add("--interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0), metavar=("LOW", "HIGH"),
-        help="the scale is w for t in [LOW, HIGH], else 1 (0 1)")
+    add("--interval", type=number(float, 0, 1), nargs=2, default=(0.0, 1.0),
+        metavar=("LOW", "HIGH"), help="the scale is w for t in [LOW, HIGH], else 1 (0 1)")
     add("--guidance", choices=("cfg", "classifier", "mean"), default="cfg",
         help="cfg: classifier-free; classifier: a noisy classifier's gradient is added to the "
              "field; mean: it is added to the mean of each step of ddpm (cfg)")

@@ -588,7 +588,7 @@ def test_guidance_at_w_3_goes_beyond_the_tilted_distribution_and_any_mixture():
 
 
 def test_the_guided_field_aims_w_times_as_far_as_the_class_while_x_is_noise():
-    """The tilt of the noised data, over alpha_t: mean w at t -> 0, that of the tilted data at t = 1.
+    """Mean of the tilt of the noised data, over alpha_t: w at t -> 0; of the tilted data at t = 1.
 
     The noised tilt of the data would have the mean of the tilted data at every t.
     """

@@ -110,7 +110,8 @@ def main(argv=None):
     from support.training import add_options, describe, prepare_out
     from train import fit
 
-    p = Parser(prog="python -m chapters.classifier", description="Train a noisy classifier, p(y|x_t).")
+    p = Parser(prog="python -m chapters.classifier",
+               description="Train a noisy classifier, p(y|x_t).")
     add_options(p, "classifier")
     p.add_argument("--path", choices=PATHS, default="condot", help="probability path (condot)")
     options = p.parse_args(argv)

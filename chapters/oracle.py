@@ -1,6 +1,6 @@
 """What a perfect network would return: exact fields of a labelled mixture of Gaussians.
 
-`python -m chapters.oracle` guides with these fields and prints what w does; no network, no training.
+`python -m chapters.oracle` guides with these fields and prints what w does, without training.
 
 The data are K Gaussians, component k with probability weight_k and label label_k:
 

@@ -94,7 +94,8 @@ def main(argv=None):
     from support.training import add_options, describe, prepare_out
     from train import fit
 
-    p = Parser(prog="python -m chapters.vae", description="Train the autoencoder of latent diffusion.")
+    p = Parser(prog="python -m chapters.vae",
+               description="Train the autoencoder of latent diffusion.")
     add_options(p, "vae")
     options = p.parse_args(argv)
     device = checkpoint.pick_device(options.device)

@@ -36,7 +36,8 @@ def train(out, *options):
     """Seconds, start-up included, that train.py takes; it goes on with what is there, if anything.
     """
     began = time.monotonic()
-    command = [sys.executable, HERE / "train.py", "--arch", "unet", "--out", out, "--resume", *options]
+    command = [sys.executable, HERE / "train.py", "--arch", "unet", "--resume", "--out", out,
+               *options]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode:
         raise BadInput(f"train.py: {done.stderr}")

@@ -32,7 +32,7 @@ NETWORKS = {
 PREDICTIONS = "u", "z", "eps"
 GENERATORS = [name for name in NETWORKS if name not in ("classifier", "vae")]
 KINDS = dict(arch=str, net=dict, latent=int, path=(str, type(None)), predict=(str, type(None)),
-             steps=int, data=int, real_diversity=float)     # of what a config needs; others may lack
+             steps=int, data=int, real_diversity=float)     # what a config has at least
 LAST_T = 0.9999         # of a field for sampling; paths.py, "networks that predict z or eps"
 
 

@@ -4,7 +4,7 @@ import zlib
 
 import numpy as np
 
-FONT = {        # what "w = 1.5" and "t = 0.5" need: rows of dots, from the top, each character 5 dots high
+FONT = {        # what "w = 1.5" and "t = 0.5" need: rows of dots, from the top; all are 5 high
     "0": "### #.# #.# #.# ###",
     "1": ".#. ##. .#. .#. ###",
     "2": "### ..# ### #.. ###",

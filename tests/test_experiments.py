@@ -1,4 +1,4 @@
-"""experiments/ and chapters/rules.py: the rules against the limiting cases of their papers; measures; plots.
+"""Published rules against the limiting cases of their papers; measures; plots.
 
 The fields are exact: a mixture of chapters.oracle, float64, on CondOT.
 """

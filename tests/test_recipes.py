@@ -1,6 +1,6 @@
 """Every recipe of the documents, run as printed; trainings get few steps and digits.
 
-A block of python whose first line names a file goes into a copy of the clone, and the commands of its
+A block of python whose first line names a file goes into a copy of the clone; the commands of its
 section run there. All other blocks of a document run one after another, in one empty folder.
 """
 import json

@@ -1,4 +1,4 @@
-"""train.py, chapters.classifier and chapters.vae as users run them; files, interrupts, processes."""
+"""train.py and the trainings of chapters/ as users run them; files, interrupts, processes."""
 import os
 import signal
 import subprocess
