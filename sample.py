@@ -33,23 +33,22 @@ OTHER_SAMPLERS = {                              # beyond the notes' Euler and Eu
 def draw_samples(net, y, w, options, path, randn, classifier=None):
     """x at t = 1 for the labels y (B,): Algorithm 8, or what the options put in its place."""
     low, high = options.interval
-    t0, push = 0.0, None
-    if options.guidance != "cfg":               # what chapters/classifier.py explains
-        from chapters.classifier import (classifier_gradient,
-                                         classifier_guided_field)
+    t0 = 0.0
+    push = None
+    if options.guidance != "cfg":
+        from chapters.classifier import classifier_gradient, classifier_guided_field
     if options.guidance == "classifier" and path.alpha(torch.zeros(1)) == 0:
         t0 = 0.01                               # b_t is infinite where alpha is 0
-    if options.guidance == "mean":
-        def push(x, t):
-            return w * classifier_gradient(classifier, x, t, y)
+    if options.guidance == "mean":              # the field is unconditional, push leads to y
+        push = lambda x, t: w * classifier_gradient(classifier, x, t, y)
 
     def field(x, t, w=w):
         if options.guidance == "classifier":
             return classifier_guided_field(net, classifier, path, x, t, y, w)
-        if options.guidance == "mean":          # unconditional: push leads to y
+        if options.guidance == "mean":
             return guided_field(net, x, t, y, 0)
-        w = w if low <= t <= high else 1.0
-        return guided_field(net, x, t, y, w, options.away_from)
+        scale = w if low <= t <= high else 1.0
+        return guided_field(net, x, t, y, scale, options.away_from)
 
     noise = randn()                             # X_0 ~ p_init
     if options.sampler == "euler":
@@ -57,8 +56,8 @@ def draw_samples(net, y, w, options, path, randn, classifier=None):
     if options.sampler == "em":
         return euler_maruyama(field, noise, options.steps, path, options.sigma, t0, randn)
     sampler = find_by_name(OTHER_SAMPLERS[options.sampler])
-    more = dict(path=path, t0=t0, push=push, randn=randn, corrector=field)
     takes = inspect.signature(sampler).parameters
+    more = dict(path=path, t0=t0, push=push, randn=randn, corrector=field)
     if "corrector" in takes:                    # such a sampler starts from u_t(x|y)
         field = partial(field, w=1.0)
     return sampler(field, noise, options.steps, **{k: more[k] for k in more if k in takes})

@@ -1,4 +1,4 @@
-"""Lecture 4, proved: from the path to what guidance samples, in the order of docs/notes.md.
+"""Lecture 4, checked in numbers: from the path to what guidance samples, as in docs/notes.md.
 
 Each section is one step of the derivation, and has its number there. Each test is an equation. Its
 two sides are computed on exact fields: oracle.py knows p_t(x|y), its score, u_t(x|y), E[z|x, y] and

@@ -148,7 +148,7 @@ def scales(measures, n, scales=(0, 0.5, 1, 1.5, 2, 3, 5, 8)):
     print("wrote figures/curves.svg")
 
 
-def cas(measures, n, sizes=(2000, 5000, 10000)):
+def cas(measures, n, sizes=(2000, 10000)):
     """The classification accuracy score of real digits and of samples: median of three trainings.
 
     n is not used.

@@ -1,6 +1,6 @@
 """Networks by name; checkpoints, written and read; the device and its precision.
 
-A checkpoint is a dict: config (all that its run depends on, as train.py lists it), step, weights
+A checkpoint is a dict: config (the options of its run, its data and path), step, weights
 and a checksum of all that is in it. That of a latent model has its autoencoder as well (config and
 weights). Until the last step it has what --resume needs: optimizer, schedule.
 """
@@ -22,7 +22,7 @@ LATENT_SHAPE = 4, 8, 8
 
 # A network by its dotted name; the defaults of --steps, --batch and --lr; what differs on latents.
 NETWORKS = {
-    "unet": dict(net="unet.UNet", steps=2000, batch=128, lr=2e-3,
+    "unet": dict(net="unet.UNet", steps=1200, batch=128, lr=2e-3,
                  latent=dict(in_channels=4, channels=(64, 128), stride=1)),
     "dit": dict(net="dit.DiT", steps=4200, batch=64, lr=1e-3,
                 latent=dict(in_channels=4, size=8, patch=1)),
