@@ -20,8 +20,9 @@ import pytest
 from conftest import ROOT, run_line
 from support import command
 
-README, CHANGE, GUIDANCE = (Path(ROOT, name).read_text()
-                            for name in ("README.md", "docs/change.md", "docs/guidance.md"))
+README, CHANGE, GUIDANCE, EXERCISES = (
+    Path(ROOT, name).read_text()
+    for name in ("README.md", "docs/change.md", "docs/guidance.md", "docs/exercises.md"))
 FEW = {"train.py": "--steps 2 --batch 4", "sample.py": "--steps 2 --n 10"}
 SECTIONS = [text for text in CHANGE.split("\n## ")[1:] if re.search("```python\n# .*\\.py, ", text)]
 
@@ -76,7 +77,8 @@ def folder(tmp_path, monkeypatch, few):
     return tmp_path
 
 
-@pytest.mark.parametrize("text", [README, CHANGE, GUIDANCE], ids=["README", "change", "guidance"])
+@pytest.mark.parametrize("text", [README, CHANGE, GUIDANCE, EXERCISES],
+                         ids=["README", "change", "guidance", "exercises"])
 def test_commands_run_as_printed(folder, text, monkeypatch):
     """Trainings, samples, chapters; lines of experiments only parse."""
     class Parsed(Exception):
