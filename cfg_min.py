@@ -1,18 +1,19 @@
 """Classifier-free guidance (CFG), whole: loss, guidance rule, guided field, two samplers.
 
-The aim: images of class y, more clearly of class y than the data are. In four lines (Lecture 4):
+The aim: samples that show class y more clearly than the data do. In four lines (Lecture 4; b_t is
+the factor of the score in u = a_t x + b_t score, paths.py):
 
-    grad log p_t(x|y) = grad log p_t(x) + grad log p_t(y|x)                         Bayes' rule
-    u_t(x|y) = u_t(x) + b_t grad log p_t(y|x)               so the label adds this to the field
-    u_t(x) + w b_t grad log p_t(y|x)                        guidance adds w times as much
-    = (1 - w) u_t(x) + w u_t(x|y)                           by Bayes' rule again: no classifier
+    grad log p_t(x|y) = grad log p_t(x) + grad log p_t(y|x)     Bayes' rule
+    u_t(x|y) = u_t(x) + b_t grad log p_t(y|x)                   what the label adds to the field
+    u_t(x) + w b_t grad log p_t(y|x)                            guidance adds w times as much
+      = (1 - w) u_t(x) + w u_t(x|y)                             line 2 again: no classifier is needed
 
 w is the guidance scale: 0 is unconditional, 1 conditional, and beyond 1 the label counts for more
 than the data say. One network gives both fields: while it trains, y becomes NULL with probability
-eta, so u_t(x|NULL) is u_t(x).
+eta, so u_t(x|NULL) learns u_t(x).
 
-Copy this file and paths.py, which introduces x, z, eps, u and the score. A path is an argument. The
-loss uses its `sample` and `target`, the SDE its `beta` and `u_to_eps`.
+Copy this file and paths.py, which introduces x, z, eps, u and the score. The path is passed in, so
+any will do: the loss uses its `sample` and `target`, the SDE its `beta` and `u_to_eps`.
 
 Shapes: x, z, eps (B, ...); t (B,) or a number, 0 noise, 1 data; y (B,), int64 for classes;
 net(x, t, y) -> like x, where t is (B,). Other shapes and values raise ValueError or TypeError.
@@ -39,7 +40,7 @@ def require_same_shape(a, b):
 
 
 def require_label_each(y, x, null=NULL):
-    """y is a tensor (len(x),), and null a label of its kind."""
+    """y must be a tensor (len(x),), and null a value of its type."""
     if not isinstance(y, torch.Tensor):
         raise TypeError(f"labels are a tensor ({len(x)},), not {type(y).__name__}")
     require(y.shape == x.shape[:1], f"labels of shape {tuple(y.shape)}: expected ({len(x)},)")
@@ -98,8 +99,9 @@ def guide(cond, uncond, w):
     """Classifier-free guidance: (1 - w) u_t(x|null) + w u_t(x|y).
 
     Any two predictions of one kind (u, score, eps or z), of the same shape (B, ...). w: a number or
-    (B,). w = 1 gives cond, w = 0 gives uncond. The rule is the same for all kinds, because at given
-    x and t each kind is a x + b times another, and the weights 1 - w and w add to 1.
+    (B,). w = 1 gives cond, w = 0 gives uncond. The rule is the same for all kinds: at given x and t
+    each kind is c x + d times another, with numbers c and d, and as the weights 1 - w and w add to
+    1, c x comes out once on both sides.
     Lecture 4, "Classifier-free guidance"; Ho & Salimans 2022, whose w is ours minus 1.
     """
     require_same_shape(cond, uncond)
@@ -128,7 +130,7 @@ def guided_field(net, x, t, y, w, null=NULL):
     t = check_inputs(x, t, y, null)             # (B,)
     no_label = torch.full_like(y, null)
     if isinstance(w, Real) and w == 1:
-        return apply(net, x, t, y)              # Algorithm 7
+        return apply(net, x, t, y)              # unguided: Algorithm 7
     if isinstance(w, Real) and w == 0:
         return apply(net, x, t, no_label)
     both = apply(net, torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, no_label]))
@@ -147,7 +149,7 @@ def check_inputs(x, t, y, null=NULL):
 
 # ---------------------------------------------------------------- samplers
 #
-# They go from noise x at t = t0 to a sample at t = 1, in equal steps from t to s = t + h.
+# They go from x at t = t0 (noise, if t0 = 0) to t = 1, in equal steps from t to s = t + h.
 # field(x, t) -> u is a guided field whose y and w are filled in, and t is a Python number.
 
 def times(steps, t0=0.0):
@@ -160,7 +162,7 @@ def times(steps, t0=0.0):
 
 
 def require_finite(x):
-    """x, if it is finite. Every sampler ends so, since one infinite step would spoil all others."""
+    """x, if it is finite. Every sampler ends so: one infinite value makes all later ones so."""
     require(x.isfinite().all(), "samples are not finite: w may be too large, or the field infinite "
             "where it starts, as a classifier's guidance is at t = 0 (start later: t0=0.01)")
     return x
@@ -195,9 +197,9 @@ def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, randn=torch.randn_
 def euler_maruyama_step(field, x, t, s, path, sigma=None, randn=torch.randn_like):
     """X_s = X_t + h (u + sigma_t^2/2 score) + sqrt(h) sigma_t xi, with h = s - t, xi ~ N(0, I).
 
-    As score = -eps / beta_t, the drift is u - k eps with k = sigma_t^2 / (2 beta_t). The step adds
-    noise of variance h sigma_t^2. X_s has noise of variance beta_s^2 in all, so sigma_t
-    is capped at beta_s / sqrt(h), in the noise and in the drift.
+    As score = -eps / beta_t, the drift is u - k eps with k = sigma_t^2 / (2 beta_t). At time s the
+    path has noise of variance beta_s^2. The step must not add more, so sigma_t is at most
+    beta_s / sqrt(h), in the noise and in the drift; the last step, where beta_s = 0, adds none.
     """
     h = s - t
     beta = value_at(path.beta, t)

@@ -10,20 +10,20 @@ So x given z has the distribution p_t(x|z) = N(x; alpha_t z, beta_t^2 I). It mov
     u_t(x|z) = alpha'_t z + beta'_t eps     the conditional vector field; ' is d/dt.
 
 Many pairs (z, eps) meet in one x. The mean of their velocities, E[u_t(x|z) | x], is the marginal
-vector field u_t(x). A network learns it, because its ODE carries the noise to the data. That is all
-that the loss needs: `sample` and `target`, the first two methods below.
+vector field u_t(x). A network learns it, because its ODE carries the noise to the data. The loss
+needs no more than this: `sample` gives x, and `target` gives u_t(x|z).
 
 The rest says the same in other words. p_t(x) is the density of x when z is drawn from the data, and
-its score is grad log p_t(x) = E[grad log p_t(x|z) | x]. For one pair, the two equations above are
-linear in z and eps, with the determinant D. Solved for z and eps, they give the conversions between
-u, z, eps and the score, for the score of the Gaussian p_t(x|z) is
--(x - alpha z) / beta^2 = -eps / beta. Since they are linear at a given x, they hold for the means
-over all pairs as well:
+its score is grad log p_t(x) = E[grad log p_t(x|z) | x]. For one pair, x and u are two linear
+equations in z and eps, and D is their determinant. Solved, they give z and eps from u; and eps gives
+the score, which for the Gaussian p_t(x|z) is -(x - alpha z) / beta^2 = -eps / beta. A linear formula
+holds for means too, so it turns the marginal field into E[z|x], E[eps|x] and the score of p_t:
 
     D = alpha' beta - alpha beta'           1 for CondOT, pi/2 for Cosine
     z = (beta u - beta' x) / D              E[z|x], if u is the marginal field
     eps = (alpha' x - alpha u) / D          E[eps|x]
     score = -eps / beta
+    u = a x + b score                       the lecture's way: a and b are functions of t (`a_b`)
 
 Lecture 4, "Classifier-free guidance".
 Shapes: x, z, eps, u and score are (B, ...), all of one shape; t is (B,) or one number, in [0, 1].
@@ -193,16 +193,13 @@ PATHS = {"condot": CondOT(), "cosine": Cosine(), "ddpm": DDPM()}
 # ---------------------------------------------------------------- networks that predict z or eps
 #
 # Whatever a network predicts, it is used as a vector field. The formulas divide by beta or alpha,
-# which are 0 at the ends, so there they take the nearest t in [first_t, last_t]; net gets the true
-# t. A loss needs last_t = 0.98, as it would else divide an error of z by a beta near 0. Sampling
-# needs a last_t beyond its last step, as only then this step ends at z, without leftover noise.
+# which are 0 at the ends, so beyond last_t (or before first_t) they take last_t (first_t) for t;
+# net gets the true t. In the loss last_t is 0.98, because nearer to 1 an error of z would be divided
+# by a tiny beta. In sampling last_t must lie beyond the start of the last step; otherwise that step
+# does not end at z, and noise is left.
 
 class DataField(nn.Module):
-    """A network that predicts z, as a vector field: u = (D z + beta' x) / beta.
-
-    To go from data back to noise, start at t = 0.9 with x = path.sample(z, eps, 0.9): nearer to 1,
-    errors of z are divided by a small beta.
-    """
+    """A network that predicts z, as a vector field: u = (D z + beta' x) / beta."""
 
     def __init__(self, net, path, last_t):
         super().__init__()

@@ -1,7 +1,7 @@
-"""Samples: `python sample.py --w 3`. Options, the network, Algorithm 8 for each w, a picture.
+"""Sampling: `python sample.py --w 3` draws digits for each w into a picture.
 
 `draw_samples` is Lecture 4, Algorithm 8: choose y, draw X_0 from noise, follow the guided field.
-Options put other samplers, another guidance or an interval of guidance in its place.
+Options put another sampler, another guidance, or guidance for a part of the time in its place.
 """
 import inspect
 import sys
@@ -58,7 +58,7 @@ def draw_samples(net, y, w, options, path, randn, classifier=None):
     sampler = find_by_name(OTHER_SAMPLERS[options.sampler])
     takes = inspect.signature(sampler).parameters
     more = dict(path=path, t0=t0, push=push, randn=randn, corrector=field)
-    if "corrector" in takes:                    # such a sampler starts from u_t(x|y)
+    if "corrector" in takes:                    # it draws with u_t(x|y), corrects with the guided
         field = partial(field, w=1.0)
     return sampler(field, noise, options.steps, **{k: more[k] for k in more if k in takes})
 

@@ -1,7 +1,7 @@
 """Lecture 4, checked in numbers: from the path to what guidance samples, as in docs/notes.md.
 
-Each section is one step of the derivation, and has its number there. Each test is an equation. Its
-two sides are computed on exact fields: oracle.py knows p_t(x|y), its score, u_t(x|y), E[z|x, y] and
+Each section is one step of the derivation. Most tests are equations, whose two sides are computed on
+exact fields: oracle.py knows p_t(x|y), its score, u_t(x|y), E[z|x, y] and
 p_t(y|x) of a mixture of Gaussians in closed form (tests/test_oracle.py checks them against autograd
 and quadrature). So nothing here depends on a network or on training. All other tests are in tests/.
 """
@@ -173,8 +173,9 @@ def test_a_network_that_predicts_eps_is_the_field_of_the_clamped_z(path, x):
 
 # ---------------------------------------------------------------- 4. Fokker-Planck
 #
-# Why the marginal field is worth learning: its ODE carries the noise to the data. With noise of any
-# strength sigma, the drift needs the score as well.
+# Why the marginal field is worth learning: its ODE carries the noise to the data. The Fokker-Planck
+# equation says how a density moves under dX = v dt + sigma dW, where v is the drift. It shows that
+# p_t is kept if v = u + sigma^2/2 score.
 
 def fokker_planck_error(path, x, t, sigma, drift):
     """(d/dt p + div(p v) - sigma^2/2 laplace p) / p of p = p_t(x|y), for the drift v(x), y = 1."""
@@ -207,7 +208,8 @@ def test_an_sde_keeps_to_p_t_if_its_drift_is_u_plus_half_sigma_squared_score(pat
 
 # ---------------------------------------------------------------- 5. CFM and FM: one gradient
 #
-# How it is learned: u_t(x) is unknown, u_t(x|z) is known, and aiming at either has one gradient.
+# How it is learned: u_t(x) is unknown, but u_t(x|z) is known, and the losses with either target have
+# the same gradient.
 
 @ALL_PATHS
 @pytest.mark.parametrize("kind", ["u", "eps"])
@@ -262,7 +264,7 @@ def test_bayes_rule_for_scores(path, x):
 
 # ---------------------------------------------------------------- 7. classifier guidance
 #
-# So it adds b_t grad log p_t(y|x) to the field. Guidance adds w times as much.
+# So the label adds b_t grad log p_t(y|x) to the field. Guidance adds w times as much.
 
 @ALL_PATHS
 def test_a_label_adds_b_times_the_classifiers_gradient_to_the_field(path, x):
@@ -438,7 +440,7 @@ def test_the_loss_of_the_exact_field_is_the_variance_of_its_target(path):
 
 # ---------------------------------------------------------------- 11. Algorithm 8
 #
-# Sampling: start from noise, follow the guided field. It calls the network once, on 2B.
+# Sampling: start from noise, follow the guided field. Each step calls the network once, on 2B.
 
 TIME_KINDS = pytest.mark.parametrize(
     "t", [0.3, torch.tensor(0.3), torch.tensor([0.1, 0.2, 0.5, 0.9])], ids=["float", "0-d", "(B,)"])
@@ -568,7 +570,7 @@ def test_an_sde_without_the_score_term_ends_wider_than_the_data():
 
 # ---------------------------------------------------------------- 13. what w does
 #
-# At w = 0 and 1 samples follow the data. Beyond that they do not follow the tilted distribution,
+# At w = 0 and 1 samples follow the data. At any other w they do not follow the tilted distribution,
 # though the guided score is its score at every t. Bradley & Nakkiran 2024, arXiv 2408.09000.
 
 def test_guidance_at_w_3_goes_beyond_the_tilted_distribution_and_any_mixture():
@@ -588,9 +590,9 @@ def test_guidance_at_w_3_goes_beyond_the_tilted_distribution_and_any_mixture():
 
 
 def test_the_guided_field_aims_w_times_as_far_as_the_class_while_x_is_noise():
-    """Mean of the tilt of the noised data, over alpha_t: w at t -> 0; of the tilted data at t = 1.
+    """The mean of p_t(x|y)^w p_t(x)^(1-w) over alpha_t is w as t goes to 0, and 1.05 at t = 1.
 
-    The noised tilt of the data would have the mean of the tilted data at every t.
+    If the tilted data were noised instead, it would be 1.05 at every t.
     """
     aims = [tilted_moments(TWO, 1, 3, t)[0] / t for t in (0.01, 0.3, 0.5, 1.0)]
     close(aims, [3.00, 2.31, 1.54, 1.05], 0.005)

@@ -22,16 +22,17 @@ from support.training import (Training, add_options, describe, load_latents,
 def fit(options, config, images, labels, compute_loss, autoencoder=None):
     """Train the network of a config with compute_loss(net, z, y); return it and its run.
 
-    images: (N, 1, 32, 32) uint8, or latents (N, 4, 8, 8); labels (N,). The caller finishes the run.
+    images: (N, 1, 32, 32) uint8, or latents (N, 4, 8, 8); labels (N,). The caller then calls
+    run.finish().
     """
     torch.manual_seed(options.seed)
-    field = checkpoint.build(config, last_t=0.98)
+    field = checkpoint.build(config, last_t=0.98)           # paths.py says why
     checkpoint.use_once(field, config)          # a mistake in a network shows now
     field.train().to(images.device)
     optimizer = torch.optim.AdamW(field.parameters(), options.lr)
     schedule = rise_and_fall(optimizer, options.lr, options.steps)
     run = Training(options, config, field, optimizer, schedule, autoencoder)
-    # the DSM loss is of eps itself, not of the field made from it
+    # the loss of a network that predicts eps asks for eps, not for the field made from it
     net = share_gradients(field.net if config["predict"] == "eps" else field)
     batch = share_of_batch(options.batch)       # of this process
 
@@ -48,7 +49,7 @@ def fit(options, config, images, labels, compute_loss, autoencoder=None):
 
 
 def logit_normal(n, device=None, mean=-0.8, std=0.8):
-    """Draws t (n,) with logit(t) ~ N(mean, std^2): mostly near 0.3, where the label is decided.
+    """Draws t (n,) with logit(t) ~ N(mean, std^2): mostly near 0.3.
 
     Esser et al. 2024, arXiv 2403.03206; mean and std of Li & He 2025, arXiv 2511.13720.
     """
@@ -98,6 +99,8 @@ def main(argv=None):
     data = mnist.load(options.data)
     config = describe(options, options.arch, data, eta=options.eta, path=options.path,
                       predict=options.predict, times=options.times)
+    if options.predict == "eps":
+        config["net"] = NETWORKS[options.arch].get("eps", {})
     images, labels = data[0].to(device), data[1].to(device)
     autoencoder = None
     if options.latent:

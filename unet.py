@@ -94,15 +94,19 @@ class Decoder(nn.Module):
 class UNet(nn.Module):
     """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0..9 or NULL = 10.
 
-    H and W are multiples of 8 by default; shapes below are of H = W = 32. layers are per stage.
-    Stages, channels, skips and residual layers are the lab's. Its norms are batch norms, t and y
-    enter every layer by adapters of their own, frequencies are learned, and upsampling is bilinear.
-    Its first convolution has stride 1. With stride 2, after which the last convolution writes 2 x 2
-    pixels for each place, the network is three times as fast (docs/results.md).
+    H and W are multiples of 8 by default; shapes below are of H = W = 32. layers: of each stage.
+    Stages, channels, skips and residual layers are those of Lab Three. The lab differs in this: it
+    has batch norms, learned frequencies, t and y embedded anew for every layer, bilinear upsampling,
+    and a first convolution of stride 1. Stride 2, after which the last convolution writes 2 x 2
+    pixels for each place, makes the network three times as fast (docs/results.md).
+    add_x: return x plus what the layers give. For eps, which is nearly x while t is small: to copy x
+    through narrow layers takes long to learn.
     """
 
-    def __init__(self, channels=(32, 64, 128), layers=2, in_channels=1, stride=2, E=128):
+    def __init__(self, channels=(32, 64, 128), layers=2, in_channels=1, stride=2, E=128,
+                 add_x=False):
         super().__init__()
+        self.add_x = add_x
         self.time = nn.Sequential(nn.Linear(FEATURES, E), nn.SiLU(), nn.Linear(E, E))
         self.label = nn.Embedding(10 + 1, E)    # one more for NULL
         self.first = nn.Conv2d(in_channels, channels[0], kernel_size=2 * stride + 1,
@@ -131,4 +135,5 @@ class UNet(nn.Module):
         h = self.midcoder(h, e)
         for decoder in self.decoders:
             h = decoder(h, skips.pop(), e)      # (B, 64, 8, 8), then (B, 32, 16, 16)
-        return self.last(F.silu(self.norm(h))).to(x.dtype)  # (B, C, H, W)
+        out = self.last(F.silu(self.norm(h))).to(x.dtype)   # (B, C, H, W)
+        return x + out if self.add_x else out

@@ -5,7 +5,7 @@ grad log p_t(x|y) = grad log p_t(x) + grad log p_t(y|x): a classifier of noisy i
 unconditional network lacks.
 
 `python -m chapters.classifier` trains one, to runs/classifier.pt. sample.py guides with it
-(--guidance classifier), and prints how many samples it gives their label.
+(--guidance classifier), and prints the share of samples that it labels as asked.
 """
 import sys
 from itertools import pairwise
@@ -14,12 +14,12 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cfg_min import NULL, apply, check_inputs, require_label_each, scale_each
+from cfg_min import NULL, apply, check_inputs, guided_field, require_label_each, scale_each
 from unet import FEATURES, Encoder, ResidualStack, waves
 
 
 class NoisyClassifier(nn.Module):
-    """classifier(x, t) -> logits (B, 10): the U-Net's encoder half, mean over places, a layer.
+    """classifier(x, t) -> logits (B, 10): the U-Net's encoders, the mean over all places, a layer.
 
     x (B, C, H, W), t (B,) or a number; shapes below are of H = W = 32.
     """
@@ -73,7 +73,7 @@ def classifier_guided_field(net, classifier, path, x, t, y, w, null=NULL):
     w: a number or (B,). b_t is that of u = a_t x + b_t score.
     Lecture 4, "guidance with classifier"; DDPM lecture, the second "Guided sampling".
     """
-    u = apply(net, x, check_inputs(x, t, y, null), torch.full_like(y, null))
+    u = guided_field(net, x, t, y, 0, null)     # u_t(x|null)
     _, b = path.a_b(t, x)
     return u + scale_each(w, x) * b * classifier_gradient(classifier, x, t, y, null)
 
@@ -94,11 +94,11 @@ def measure_label_errors(net, path, z, t, eps, labels=10):
 
 
 def likelihood_weight(path, t):
-    """alpha / (beta D), t / (1 - t) on CondOT: with it errors differ as log-likelihoods do.
+    """alpha / (beta D), on CondOT t / (1 - t): the weight of an error in a log-likelihood.
 
-    The mean of weight times error over t ~ U[0, 1) and eps is -log p(z|y) plus a term without y:
-    an error of z is weighted by half the slope of the signal-to-noise ratio alpha^2 / beta^2
-    (Kingma et al. 2021, arXiv 2107.00630). An error of z is beta / D times that of u.
+    With it, two labels' mean errors over t ~ U[0, 1) and eps differ as their -log p(z|y) do. For an
+    error of z the weight is half the slope of the signal-to-noise ratio alpha^2 / beta^2 (Kingma et
+    al. 2021, arXiv 2107.00630); an error of z is beta / D times that of u.
     """
     return path.alpha(t) / (path.beta(t) * path.D(t))
 

@@ -1,8 +1,8 @@
 """The DDPM view: the loss of networks that predict noise, and the samplers of DDIM and DDPM.
 
-DDPM lecture, the notes on guidance for diffusion models. In our letters alpha = sqrt(abar),
+These are the notes of the DDPM lecture. In our letters alpha = sqrt(abar),
 beta = sqrt(1 - abar) and t = 1 - t_DDPM / T; gamma is w. The lecture has two guided samplings. The
-first moves the mean of each step: push, below. The second corrects eps by
+first moves the mean of each step: the argument push of ddim. The second corrects eps by
 -w beta_t grad log p_t(y|x): that is classifier_guided_field of classifier.py, since
 u = a_t x + b_t score and score = -eps / beta_t.
 """
@@ -37,7 +37,7 @@ def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_
     z and eps are those that the field implies at (x, t). noise in [0, 1] scales sigma:
     0 is DDIM: no new noise, and on CondOT exactly Euler;
     1 is DDPM's ancestral sampler, whose sigma^2 is beta~, the variance of q(x_s|x_t, z).
-    Song, Meng & Ermon 2021, arXiv 2010.02502, whose eta is noise.
+    Song, Meng & Ermon 2021, arXiv 2010.02502, whose eta is our noise.
 
     push(mean, s) -> w grad log p_s(y|mean) guides each step by a classifier: sigma^2 push is added
     to the mean (nothing for noise = 0). DDPM lecture, the first "Guided sampling", which prints
@@ -50,7 +50,7 @@ def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_
         u = field(x, t)
         z = path.u_to_data(u, x, t)
         eps = path.u_to_eps(u, x, t)
-        # towards noise, x_t = (alpha / alpha_s) x_s + new noise, of this variance:
+        # x_t is (alpha / alpha_s) x_s plus new noise, of this variance:
         added = beta**2 - (alpha / alpha_s * beta_s)**2
         variance = (beta_s / beta)**2 * added               # beta~ = Var(x_s|x_t, z)
         sigma = noise * math.sqrt(max(variance, 0))         # rounding may leave less than 0

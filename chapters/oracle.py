@@ -141,9 +141,8 @@ def tilted_moments(mixture, y, w, t=1.0):
     """Mean and standard deviation of the tilted distribution of a mixture on the line.
 
     At t = 1 it tilts the data. At an earlier t it tilts the noised data: the mean over alpha_t is
-    then what the guided field aims at. The means of the tilt lie at most |w - 1| times as far from
-    those of the components as these from one another. The grid goes there, and 8 standard
-    deviations beyond, in steps that resolve the narrowest component.
+    then what the guided field aims at. The tilt can move the mean outwards, so the grid reaches
+    1 + |w| times as far as the means of the components and 8 of their standard deviations.
     """
     offset, var = mixture.offset_and_var(PATH, torch.zeros(1, 1).double(), t)
     means, stds = -offset.flatten(), var.sqrt().flatten()   # (K,) each, at t
@@ -161,7 +160,7 @@ def tilted_moments(mixture, y, w, t=1.0):
 def resample(x, log_weight):
     """n draws, with repetition, of the n samples x, in proportion to their weights (n,).
 
-    One uniform number serves all, which adds the least noise (systematic resampling).
+    One uniform number serves all, which adds little noise (systematic resampling).
     """
     ends = log_weight.softmax(dim=0).cumsum(dim=0)
     places = (torch.arange(len(x)) + torch.rand(1)) / len(x)
@@ -176,14 +175,14 @@ def wide_noise(t, path=PATH):
 def repaired_sde(net, x, y, w, steps, path=PATH, sigma=wide_noise, until=1.0):
     """Guided samples that follow the tilted distribution: sequential Monte Carlo on the guided SDE.
 
-    The guided SDE leaves out part of what the tilted density does. So the log-weight of a sample
-    grows by
+    The guided SDE alone does not give the tilted distribution. So each sample gets a weight, whose
+    logarithm grows by
 
         w (w - 1) (u_t(x|y) - u_t(x)) . (s_t(x|y) - s_t(x)) dt
             = b_t w (w - 1) |s_t(x|y) - s_t(x)|^2 dt.
 
-    Where the effective sample size falls below half, samples are resampled by their weights; after
-    t = until neither happens. Samples are those of one label. Skreta et al. 2025, arXiv 2503.02819.
+    Where the effective sample size falls below half, and at the end, samples are resampled by their
+    weights. After t = until no weight is added. Samples are those of one label. Skreta et al. 2025, arXiv 2503.02819.
     """
     def field(x, t):
         return guided_field(net, x, t, y, w)
@@ -206,7 +205,7 @@ def repaired_sde(net, x, y, w, steps, path=PATH, sigma=wide_noise, until=1.0):
 
 
 def guided_after(net, x, t, y, w, start):
-    """The guided field, but with w = 1 before t = start. Kynkaanniemi et al. 2024 guide so."""
+    """The guided field from t = start on, and w = 1 before."""
     return guided_field(net, x, t, y, w if t >= start else 1.0)
 
 

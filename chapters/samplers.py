@@ -1,4 +1,4 @@
-"""Samplers beyond the notes: Heun's method, and two that have guidance without its price.
+"""Samplers beyond the notes: Heun's method, and two that keep the diversity which guidance costs.
 
 As in cfg_min.py: field(x, t) -> u has its y and w filled in; x (B, ...) goes from t0 to t = 1.
 """
@@ -28,8 +28,8 @@ def heun(field, x, steps, t0=0.0):
 def langevin(field, x, t, path, steps, randn=torch.randn_like):
     """x <- x + h score + sqrt(2 h) xi, repeated steps times, at a fixed t < 1.
 
-    x comes to follow the distribution that has this score. h = beta_t^2 / 10, so that h score =
-    (alpha_t E[z|x] - x) / 10: no step is large, though near t = 1 the score itself is.
+    With many small steps x would follow the distribution that has this score. h = beta_t^2 / 10, so
+    h score = (alpha_t E[z|x] - x) / 10: no step is large, though near t = 1 the score itself is.
     """
     require(steps >= 0, f"steps = {steps} is negative")
     h = value_at(path.beta, t)**2 / 10
@@ -47,8 +47,8 @@ def predictor_corrector(field, x, steps, path, corrector, corrections=1, t0=0.0,
 
     Both are fields (x, t) -> u. For guidance, field is u_t(x|y) and corrector the guided field. At
     each t the guided field has the score of the tilted distribution p_t(x|y)^w p_t(x)^(1-w), but
-    its flow does not carry that of t into that of s (docs/guidance.md). Langevin steps at s
-    lead there; more corrections and steps lead nearer.
+    its flow does not carry the one at t into the one at s (docs/guidance.md). Langevin steps at s
+    bring x nearer to it, the nearer the more of them. For w >= 1: else field starts too far off.
     Bradley & Nakkiran 2024, arXiv 2408.09000; Song et al. 2021, arXiv 2011.13456.
     """
     require(corrections >= 0, f"corrections = {corrections} is negative")
@@ -65,14 +65,14 @@ def gibbs(field, x, steps, path, corrector, middle=0.5, rounds=1, t0=0.0, randn=
     """Draw with field; then, in each round, noise the draw to t = middle and denoise it again.
 
     Both are fields (x, t) -> u. For guidance, field is u_t(x|y) and corrector, which denoises, the
-    guided field. So guidance acts only after t = middle, on points that p_t(x|y) has, and never
-    aims too far while x is nearly noise (docs/guidance.md). Of the steps, three in five draw; each
-    round takes the other two.
-    Gibbs-like guidance, Moufad et al. 2025, arXiv 2505.21101.
+    guided field. So guidance acts only after t = middle, on draws from p_t(x|y), and never aims too
+    far while x is nearly noise (docs/guidance.md). Three fifths of the steps draw, and each round
+    takes two fifths, so more rounds than one take more than steps.
+    Moufad et al. 2025, arXiv 2505.21101; like Gibbs sampling, it alternates noise and denoising.
     """
     require(steps >= 2, f"steps = {steps}: at least two are needed, one to draw, one to denoise")
     require(0 <= middle < 1, f"middle = {middle} is not in [0, 1)")
-    again = max(1, round(0.4 * steps))
+    again = round(0.4 * steps)
     x = euler(field, x, steps - again, t0)
     for _ in range(rounds):
         eps = randn(x)

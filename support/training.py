@@ -324,6 +324,6 @@ def load_latents(file, config, images):
         raise BadInput(f"--latent {file}: step {vae_config['step']} of {vae_config['steps']}; "
                        f"python -m chapters.vae --resume --out {file} finishes it")
     autoencoder = dict(config=vae_config, weights=vae.state_dict())
-    config["net"] = NETWORKS[config["arch"]]["latent"]
+    config["net"] = config["net"] | NETWORKS[config["arch"]]["latent"]
     config["latent"] = checkpoint.checksum_of(autoencoder["weights"])
     return encode(vae, images), autoencoder
