@@ -6,7 +6,7 @@ the factor of the score in u = a_t x + b_t score, paths.py):
     grad log p_t(x|y) = grad log p_t(x) + grad log p_t(y|x)     Bayes' rule
     u_t(x|y) = u_t(x) + b_t grad log p_t(y|x)                   what the label adds to the field
     u_t(x) + w b_t grad log p_t(y|x)                            guidance adds w times as much
-      = (1 - w) u_t(x) + w u_t(x|y)                             line 2 again: no classifier is needed
+      = (1 - w) u_t(x) + w u_t(x|y)                             line 2 again: no classifier
 
 w is the guidance scale: 0 is unconditional, 1 conditional, and beyond 1 the label counts for more
 than the data say. One network gives both fields: while it trains, y becomes NULL with probability

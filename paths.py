@@ -15,9 +15,9 @@ needs no more than this: `sample` gives x, and `target` gives u_t(x|z).
 
 The rest says the same in other words. p_t(x) is the density of x when z is drawn from the data, and
 its score is grad log p_t(x) = E[grad log p_t(x|z) | x]. For one pair, x and u are two linear
-equations in z and eps, and D is their determinant. Solved, they give z and eps from u; and eps gives
-the score, which for the Gaussian p_t(x|z) is -(x - alpha z) / beta^2 = -eps / beta. A linear formula
-holds for means too, so it turns the marginal field into E[z|x], E[eps|x] and the score of p_t:
+equations in z and eps, and D is their determinant. Solved, they give z and eps from u; and eps
+gives the score, which for the Gaussian p_t(x|z) is -(x - alpha z) / beta^2 = -eps / beta. A linear
+formula holds for means too, so it turns the marginal field into E[z|x], E[eps|x] and the score:
 
     D = alpha' beta - alpha beta'           1 for CondOT, pi/2 for Cosine
     z = (beta u - beta' x) / D              E[z|x], if u is the marginal field
@@ -194,9 +194,9 @@ PATHS = {"condot": CondOT(), "cosine": Cosine(), "ddpm": DDPM()}
 #
 # Whatever a network predicts, it is used as a vector field. The formulas divide by beta or alpha,
 # which are 0 at the ends, so beyond last_t (or before first_t) they take last_t (first_t) for t;
-# net gets the true t. In the loss last_t is 0.98, because nearer to 1 an error of z would be divided
-# by a tiny beta. In sampling last_t must lie beyond the start of the last step; otherwise that step
-# does not end at z, and noise is left.
+# net gets the true t. In the loss last_t is 0.98, because nearer to 1 an error of z would be
+# divided by a tiny beta. In sampling last_t must lie beyond the start of the last step; otherwise
+# that step does not end at z, and noise is left.
 
 class DataField(nn.Module):
     """A network that predicts z, as a vector field: u = (D z + beta' x) / beta."""

@@ -1,7 +1,7 @@
 """Lecture 4, checked in numbers: from the path to what guidance samples, as in docs/notes.md.
 
-Each section is one step of the derivation. Most tests are equations, whose two sides are computed on
-exact fields: oracle.py knows p_t(x|y), its score, u_t(x|y), E[z|x, y] and
+Each section is one step of the derivation. Most tests are equations, whose two sides are computed
+on exact fields: oracle.py knows p_t(x|y), its score, u_t(x|y), E[z|x, y] and
 p_t(y|x) of a mixture of Gaussians in closed form (tests/test_oracle.py checks them against autograd
 and quadrature). So nothing here depends on a network or on training. All other tests are in tests/.
 """
@@ -208,8 +208,8 @@ def test_an_sde_keeps_to_p_t_if_its_drift_is_u_plus_half_sigma_squared_score(pat
 
 # ---------------------------------------------------------------- 5. CFM and FM: one gradient
 #
-# How it is learned: u_t(x) is unknown, but u_t(x|z) is known, and the losses with either target have
-# the same gradient.
+# How it is learned: u_t(x) is unknown, but u_t(x|z) is known, and the losses with either target
+# have the same gradient.
 
 @ALL_PATHS
 @pytest.mark.parametrize("kind", ["u", "eps"])

@@ -96,11 +96,11 @@ class UNet(nn.Module):
 
     H and W are multiples of 8 by default; shapes below are of H = W = 32. layers: of each stage.
     Stages, channels, skips and residual layers are those of Lab Three. The lab differs in this: it
-    has batch norms, learned frequencies, t and y embedded anew for every layer, bilinear upsampling,
-    and a first convolution of stride 1. Stride 2, after which the last convolution writes 2 x 2
-    pixels for each place, makes the network three times as fast (docs/results.md).
-    add_x: return x plus what the layers give. For eps, which is nearly x while t is small: to copy x
-    through narrow layers takes long to learn.
+    has batch norms, learned frequencies, t and y embedded anew for every layer, bilinear
+    upsampling, and a first convolution of stride 1. Stride 2, after which the last convolution
+    writes 2 x 2 pixels for each place, makes the network three times as fast (docs/results.md).
+    add_x: return x plus what the layers give. It is for eps, which is nearly x while t is small: to
+    copy x through the layers takes long to learn.
     """
 
     def __init__(self, channels=(32, 64, 128), layers=2, in_channels=1, stride=2, E=128,

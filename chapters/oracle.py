@@ -182,7 +182,8 @@ def repaired_sde(net, x, y, w, steps, path=PATH, sigma=wide_noise, until=1.0):
             = b_t w (w - 1) |s_t(x|y) - s_t(x)|^2 dt.
 
     Where the effective sample size falls below half, and at the end, samples are resampled by their
-    weights. After t = until no weight is added. Samples are those of one label. Skreta et al. 2025, arXiv 2503.02819.
+    weights. After t = until no weight is added. Samples are those of one label.
+    Skreta et al. 2025, arXiv 2503.02819.
     """
     def field(x, t):
         return guided_field(net, x, t, y, w)

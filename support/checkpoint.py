@@ -20,8 +20,8 @@ from support.command import BadInput, find, write_whole
 PIXELS_SHAPE = 1, 32, 32
 LATENT_SHAPE = 4, 8, 8
 
-# A network by its dotted name; the defaults of --steps, --batch and --lr; the network's options, where
-# they differ, on latents and for --predict eps.
+# A network by its dotted name; the defaults of --steps, --batch, --lr; and its options on latents
+# and for --predict eps, where they differ.
 NETWORKS = {
     "unet": dict(net="unet.UNet", steps=1200, batch=128, lr=2e-3, eps=dict(add_x=True),
                  latent=dict(in_channels=4, channels=(64, 128), stride=1)),

@@ -57,6 +57,7 @@ def grey(run, monkeypatch):
     x = np.broadcast_to(20 * y[:, None, None] + 10, (1000, 28, 28))
     np.savez("grey.npz", x_train=x, y_train=y, x_test=x, y_test=y)
     monkeypatch.setitem(checkpoint.NETWORKS["unet"], "net", f"{__name__}.Zero")
+    monkeypatch.setitem(checkpoint.NETWORKS["unet"], "eps", {})
     monkeypatch.setattr(Zero, "calls", [])
     line = "train.py --arch unet --data grey.npz --steps 2 --batch 500 --lr 1e-9 --out a.pt"
     return lambda options: run(f"{line} {options}")
