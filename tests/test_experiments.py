@@ -3,7 +3,6 @@
 The fields are exact: a mixture of chapters.oracle, float64, on CondOT.
 """
 import re
-import zlib
 from functools import partial
 from xml.etree import ElementTree
 
@@ -184,14 +183,13 @@ def test_real_digits_are_as_good_as_digits_can_be(evaluate):
     assert measure(255 - real, labels)["Frechet"] > 10 * row["Frechet"]
 
 
-def test_the_evaluator_is_kept_and_trained_anew_where_it_is_damaged(evaluate, capsys):
-    trained = []
-    for damage in (lambda raw: raw, lambda raw: raw[:2000] + b"x" + raw[2001:]):
+def test_the_evaluator_is_trained_once_and_anew_where_it_is_damaged(evaluate, capsys):
+    for _ in range(2):
         evaluate()
-        measures.EVALUATOR.write_bytes(damage(measures.EVALUATOR.read_bytes()))
         evaluate()
-        trained.append(capsys.readouterr().out.count("training the evaluator"))
-    assert trained == [1, 1]
+        assert capsys.readouterr().out.count("training the evaluator") == 1
+        raw = measures.EVALUATOR.read_bytes()
+        measures.EVALUATOR.write_bytes(raw[:2000] + b"x" + raw[2001:])
 
 
 def test_c2st_is_a_half_of_what_is_alike_and_all_of_what_is_not():
@@ -213,15 +211,6 @@ def test_samples_that_cannot_be_measured_are_one_line(evaluate, capsys, images, 
     assert command.execute(partial(measures.main, line)) == 2
     error_line(capsys)
     assert not measures.EVALUATOR.exists()      # refused before the work
-
-
-@pytest.mark.parametrize("options", ["--n 5", "--ckpt weights/classifier.pt", "--weak no.pt"])
-def test_guides_that_cannot_be_compared_are_one_line(evaluate, unet, capsys, monkeypatch, options):
-    """Of too few samples; other networks than generators of pixels."""
-    monkeypatch.setattr(guides, "Measures", evaluate)
-    line = f"--n 20 --steps 1 --ckpt {unet} {options}"
-    assert command.execute(partial(guides.main, line.split())) == 2
-    error_line(capsys)
 
 
 def test_the_table_of_measures_and_that_of_guides_have_their_rows(evaluate, unet, capsys,
@@ -252,12 +241,3 @@ def test_a_line_goes_where_its_numbers_say():
     middle = f"{(left + right) / 2:.1f} {(top + bottom) / 2:.1f}"
     assert f"{left:.1f} {bottom:.1f}L{middle}L{right:.1f} {top:.1f}" in text
     assert plots.choose_ticks(0, 1.08) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-
-
-def test_a_moving_picture_has_its_frames_in_order():
-    """Chunks of an animated PNG, numbered 0, 1, 2, ...; the pixels of each frame, its duration."""
-    raw = plots.animated_png([np.full((3, 5), k, np.uint8) for k in (7, 8)], [0.1, 2.5])
-    chunks = [raw[match.end():] for match in re.finditer(b"fcTL|fdAT", raw)]
-    assert [data[3] for data in chunks] == [0, 1, 2, 3]
-    assert [zlib.decompressobj().decompress(data[4:])[1] for data in chunks[1::2]] == [7, 8]
-    assert [data[20:24] for data in chunks[::2]] == [b"\0\x0a\0\x64", b"\0\xfa\0\x64"]

@@ -1,6 +1,5 @@
 """Kinds of faults: what is written and what is read, too much of anything, the terminal."""
 import os
-import re
 import resource
 import subprocess
 import sys
@@ -15,7 +14,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import ROOT, error_line, run_line, signal_in
+from conftest import ROOT, error_line
 from support import checkpoint, command
 
 TRAIN = "train.py --arch unet --steps 1 --batch 2"
@@ -69,58 +68,6 @@ def test_a_write_that_fails_leaves_the_old_file_and_a_link_stays_a_link(tmp_path
 
 
 # ---------------------------------------------------------------- what is read
-
-@pytest.fixture(scope="module")
-def halfway(tmp_path_factory, few):
-    """The unfinished checkpoint of a run of 9 steps, at step 4."""
-    file = tmp_path_factory.mktemp("halfway") / "a.pt"
-    with signal_in(4):
-        assert run_line(f"{LINE} --out {file}", few) == 130
-    return file
-
-
-LINE = "train.py --arch unet --predict z --times logit-normal --steps 9 --batch 8"
-RESUME = "--resume --out bad.pt"
-
-
-@pytest.mark.parametrize("use, change", [
-    ("--init bad.pt --out new.pt", lambda s: s["weights"]["net.norm.bias"].fill_(torch.nan)),
-    ("--init bad.pt --out new.pt", lambda s: s["config"]["net"].update(layers=1)),
-    (RESUME, lambda s: s["weights"]["net.norm.bias"].fill_(torch.nan)),
-    (RESUME, lambda s: s.pop("optimizer")),
-    (RESUME, lambda s: s["optimizer"].update(state={})),
-    (RESUME, lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(7))),
-    (RESUME, lambda s: s.update(schedule={})),
-    (RESUME, lambda s: s["schedule"].update(total_steps=5)),
-])
-def test_a_damaged_checkpoint_starts_no_run(run, halfway, capsys, use, change):
-    """With a right checksum: parts that are missing, of another network or shape, not finite."""
-    saved = checkpoint.read(halfway)
-    change(saved)
-    checkpoint.save("bad.pt", saved)
-    before = Path("bad.pt").read_bytes()
-    assert run(f"{LINE} {use}") == 2
-    error_line(capsys)
-    assert Path("bad.pt").read_bytes() == before
-
-
-def test_an_autoencoder_that_decodes_nothing_is_damaged(run, capsys):
-    """scale = 0 would divide by 0; of a latent model's own autoencoder too."""
-    latent = "train.py --arch dit --latent v.pt --steps 1 --batch 2"
-    assert run("chapters.vae --steps 1 --batch 8 --out v.pt") == 0
-    assert run(f"{latent} --out latent.pt") == 0
-    vae, model = checkpoint.read("v.pt"), checkpoint.read("latent.pt")
-    for weights in (vae["weights"], model["autoencoder"]["weights"]):
-        weights["scale"].zero_()
-    checkpoint.save("v.pt", vae)
-    capsys.readouterr()
-    assert run(f"{latent} --out a.pt") == 2
-    assert "not finite" in error_line(capsys)
-    for autoencoder in (model["autoencoder"], {1: 2}):
-        checkpoint.save("latent.pt", dict(model, autoencoder=autoencoder))
-        assert run(f"{SAMPLE} --ckpt latent.pt") == 2
-        assert re.search("damaged|not finite", error_line(capsys))
-
 
 def test_a_classifier_guides_on_its_own_data_and_path_only(run, few, unet, capsys):
     """Of another path it still says the label accuracy; of other data, or damaged, not even that.
