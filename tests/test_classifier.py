@@ -48,11 +48,11 @@ def test_the_gradient_is_each_samples_own_and_0_without_a_label(null):
     x = torch.tensor([[0.3, 1.0], [0.7, 2.0], [-0.4, 3.0]]).double()
     y = torch.tensor([2, null, 7])
     grad = classifier_gradient(classifier, x, 0.5, y, null)
-    for i in (0, 2):
-        def log_p(v):
-            return classifier(v, double([0.5])).log_softmax(dim=1)[:, y[i]]
 
-        close(grad[i:i + 1], gradient(log_p, x[i:i + 1]))
+    def log_p(v):
+        return classifier(v, double([0.5])).log_softmax(dim=1)[range(3), y % 10]
+
+    close(grad[[0, 2]], gradient(log_p, x)[[0, 2]])
     assert grad[1].tolist() == [0, 0]
 
 

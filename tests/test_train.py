@@ -92,8 +92,8 @@ def test_the_learning_rate_rises_to_lr_and_falls_to_0(steps, top):
         optimizer.step()
         schedule.step()
     assert abs(rates.index(max(rates)) - top) <= 1
-    assert rates[-1] < 0.1 or steps == 1
     assert steps < 1000 or max(rates) == pytest.approx(2.0, rel=1e-4)
+    assert rates[-1] < 0.1 or steps == 1
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
@@ -196,44 +196,6 @@ def test_two_processes_share_the_batch(run, few):
         mean.backward()
         optimizer.step()
         schedule.step()
-
-
-# ---------------------------------------------------------------- what is refused
-
-@pytest.mark.parametrize("out", [
-    "''", "folder.pt", "folder.pt/", "text.pt/a.pt", "text.pt", "note.pt", "pipe.pt", "/proc/a.pt",
-    "link.pt --data data.pt", "net.pt --init net.pt --predict z"])
-def test_out_is_tried_before_training_and_destroys_nothing(run, few, unet, out, capsys,
-                                                           monkeypatch):
-    """Folders, pipes, texts, another log beside it, inputs by any name."""
-    Path("folder.pt").mkdir()
-    for name in ("text.pt", "note.csv"):
-        Path(name).write_text("mine")
-    os.mkfifo("pipe.csv")
-    Path("data.pt").write_bytes(few.read_bytes())
-    Path("link.pt").symlink_to("data.pt")
-    Path("net.pt").write_bytes(unet.read_bytes())
-    monkeypatch.setattr(training.Training, "steps", None)        # training would be a TypeError
-    before = {path: path.is_file() and path.read_bytes() for path in Path().iterdir()}
-    assert run(f"{SHORT} --out {out}") == 2
-    error_line(capsys)
-    assert {path: path.is_file() and path.read_bytes() for path in Path().iterdir()} == before
-
-
-@pytest.mark.parametrize("line, says", [
-    ("--init a.pt --out a.pt", "--overwrite"),
-    ("--steps 9 --out a.pt --resume", "--init"),
-    ("--predict u --init a.pt --out b.pt", "predict"),
-    ("--latent a.pt --out b.pt", "autoencoder"),
-    ("--data none.npz", "none.npz"),
-    ("--eta 2", "--eta"),
-    ("--steps 1.5", "--steps"),
-])
-def test_input_that_cannot_be_used_is_one_line_that_says_what_to_do(run, unet, capsys, line, says):
-    Path("a.pt").write_bytes(unet.read_bytes())
-    assert run(f"{SHORT} --predict z {line}") == 2
-    assert says in error_line(capsys)
-    assert Path("a.pt").read_bytes() == unet.read_bytes()
 
 
 @pytest.mark.parametrize("step, options, says", [
