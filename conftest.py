@@ -214,11 +214,6 @@ def weights(file):
     return torch.load(file, weights_only=True)["weights"]
 
 
-def same(a, b):
-    """Whether two networks' weights are equal to the bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
-
-
 def error_line(capsys):
     """The one line on stderr of a command that was refused."""
     lines = capsys.readouterr().err.splitlines()
