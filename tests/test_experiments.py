@@ -12,10 +12,9 @@ import torch
 from cfg_min import NULL, guided_field
 from chapters import rules
 from chapters.oracle import Mixture
-from conftest import close, labels
+from conftest import close, labels, save_first
 from experiments import guides, measures, plots
 from paths import CondOT
-from support import mnist
 
 THREE = Mixture([[-1.0, 0.5, 0.0], [1.0, -0.5, 0.3], [0.2, 1.5, -1.0]], std=[0.5, 0.4, 0.6],
                 weight=[0.3, 0.5, 0.2], label=[0, 1, 2])
@@ -134,13 +133,10 @@ def test_cfg_zero_star_scale_minimises_the_distance_to_cond(t):
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch):
     """Measures against 1500 digits, with an evaluator that is hardly trained."""
-    with np.load(mnist.FILE) as npz:
-        arrays = {key: npz[key][:1500] for key in npz}
-    np.savez(tmp_path / "some.npz", **arrays)
     monkeypatch.setattr(measures, "EVALUATOR", tmp_path / "evaluator.pt")
     monkeypatch.setattr(measures, "load_evaluator", partial(measures.load_evaluator, steps=5))
     monkeypatch.chdir(tmp_path)
-    return partial(measures.Measures, "some.npz")
+    return partial(measures.Measures, save_first(1500, "some.npz"))
 
 
 def test_frechet_is_the_distance_of_two_gaussians():

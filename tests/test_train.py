@@ -170,11 +170,10 @@ def test_latents_have_variance_1(run, few):
 
 def test_two_processes_share_the_batch(run, few):
     """torchrun's losses are those of one process that takes both halves of each batch itself."""
-    line = ("-m torch.distributed.run --standalone --nproc_per_node=2 TRAIN --arch unet --steps 4 "
-            f"--batch 8 --lr 0.05 --data {few} --out two.pt").replace("TRAIN", f"{ROOT}/train.py")
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    line = (f"-m torch.distributed.run --standalone --nproc_per_node=2 {ROOT}/train.py --arch unet "
+            f"--steps 4 --batch 8 --lr 0.05 --data {few} --out two.pt")
     done = subprocess.run([sys.executable, *line.split()], capture_output=True, text=True,
-                          env=environment)
+                          env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote two.pt") == 1
     images, labels, _, _ = mnist.load(few)
