@@ -158,14 +158,17 @@ MAINS = {"train.py": train.main, "sample.py": sample.main, "chapters.classifier"
          "chapters.vae": vae.main, "chapters.oracle": oracle.main}
 
 
+def save_first(n, file):
+    """Write a data file of the first n digits; return its name."""
+    with np.load(mnist.FILE) as npz:
+        np.savez(file, **{key: npz[key][:n] for key in npz})
+    return file
+
+
 @pytest.fixture(scope="session")
 def few(tmp_path_factory):
     """A data file of the first 300 of the digits, for training and for testing."""
-    with np.load(mnist.FILE) as npz:
-        arrays = {key: npz[key][:300] for key in npz}
-    file = tmp_path_factory.mktemp("data") / "few.npz"
-    np.savez(file, **arrays)
-    return file
+    return save_first(300, tmp_path_factory.mktemp("data") / "few.npz")
 
 
 def run_line(line, few):
@@ -212,11 +215,6 @@ def unet(tmp_path_factory, few):
 
 def weights(file):
     return torch.load(file, weights_only=True)["weights"]
-
-
-def same(a, b):
-    """Whether two networks' weights are equal to the bit."""
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 def error_line(capsys):

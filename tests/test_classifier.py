@@ -39,18 +39,6 @@ def test_the_loss_is_the_cross_entropy_of_noisy_images(path):
     close(loss, -log_p[torch.arange(4000), y].mean(), 1e-6)
 
 
-def test_the_loss_is_least_at_the_exact_posterior():
-    """Of softmax(sharpness log p_t(y|x)), sharpness = 1 has the least cross-entropy."""
-    z = TWO.draw(2000)
-    y = torch.bernoulli(TWO.posterior(CondOT(), z, 1.0)[:, 1]).long()
-    losses = []
-    for sharpness in (0.5, 1.0, 2.0):
-        torch.manual_seed(1)
-        losses.append(classifier_loss(
-            lambda x, t: sharpness * TWO.log_posterior(CondOT(), x, t)[:, :2], CondOT(), z, y))
-    assert losses.index(min(losses)) == 1
-
-
 @pytest.mark.parametrize("null", [NULL, 4])
 def test_the_gradient_is_each_samples_own_and_0_without_a_label(null):
     """grad log p_t(y|x) by autograd, sample by sample, in a batch of several labels and null."""
@@ -59,14 +47,13 @@ def test_the_gradient_is_each_samples_own_and_0_without_a_label(null):
 
     x = torch.tensor([[0.3, 1.0], [0.7, 2.0], [-0.4, 3.0]]).double()
     y = torch.tensor([2, null, 7])
-    all_of_them = classifier_gradient(classifier, x, 0.5, y, null)
-    for i in (0, 2):
-        def log_p(v):
-            return classifier(v, double([0.5])).log_softmax(dim=1)[:, y[i]]
+    grad = classifier_gradient(classifier, x, 0.5, y, null)
 
-        close(all_of_them[i:i + 1], gradient(log_p, x[i:i + 1]))
-        assert all_of_them[i, 0] != 0
-    assert all_of_them[1].tolist() == [0, 0]
+    def log_p(v):
+        return classifier(v, double([0.5])).log_softmax(dim=1)[range(3), y % 10]
+
+    close(grad[[0, 2]], gradient(log_p, x)[[0, 2]])
+    assert grad[1].tolist() == [0, 0]
 
 
 # ---------------------------------------------------------------- the generator as a classifier
@@ -82,5 +69,4 @@ def test_weighted_errors_of_the_field_give_bayes_rule(path, z):
     errors = measure_label_errors(partial(TWO.u, path), path, data, t, eps[:, None], labels=2)
     minus_log_p = (likelihood_weight(path, t)[:, None] * errors).mean(dim=0)
     log_p = Normal(double([-1.0, 1.0]), 0.5).log_prob(double(z))
-    assert measure_label_errors(partial(TWO.u, path), path, data, t, eps[:, None]).shape[1] == 10
     close(minus_log_p[0] - minus_log_p[1], log_p[1] - log_p[0], 0.01)

@@ -16,7 +16,7 @@ from chapters.ddpm import cfg_dsm_loss, ddim
 from chapters.oracle import TWO
 from conftest import (ALL_PATHS, GAUSS, MANY, MIX, call_loss, check_draws,
                       close, distance, double, gradient, labels, line, tiny)
-from paths import DDPM, PATHS, CondOT, GaussianPath
+from paths import DDPM, CondOT, GaussianPath
 
 T = 1000
 BETAS = line(1e-4, 0.02, T)                     # of steps 1 ... T; Ho et al. 2020
@@ -151,35 +151,25 @@ def test_the_elbo_of_ddpm_is_a_bound(x_0):
 
 # ---------------------------------------------------------------- training
 
-@pytest.mark.parametrize("options, eta", [({}, 0.1), (dict(eta=0.3), 0.3)])
-@pytest.mark.parametrize("path", [*PATHS.values(), Chain()], ids=[*PATHS, "chain"])
-def test_the_dsm_loss_is_the_squared_error_of_eps(path, options, eta):
-    """E || eps_theta(x|y) - eps ||^2, y dropped with probability eta; on the chain it is L_simple.
+@ALL_PATHS
+def test_the_dsm_loss_is_the_squared_error_of_eps(path):
+    """E || eps_theta(x|y) - eps ||^2, y dropped with probability eta; on DDPM it is L_simple.
 
     There t ~ U[0, 1) is t_DDPM ~ U{1, ..., T}, as sampling needs; the lecture also prints U{2, T}.
+    At each t, || s_theta - grad log p_t(x|z) ||^2, the printed loss, is this one over beta_t^2. So
+    its mean over t is infinite: as int dt / (1 - t)^2 on CondOT and Cosine, int dt / (1 - t) on
+    DDPM.
     """
-    loss, z, y, x, t, y_seen = call_loss(cfg_dsm_loss, tiny, path, **options)
+    loss, z, y, x, t, y_seen = call_loss(cfg_dsm_loss, tiny, path, eta=0.3)
     eps = check_draws(path, z, x, t)
     dropped = y_seen == NULL
-    assert abs(dropped.double().mean() - eta) < 0.02
+    assert abs(dropped.double().mean() - 0.3) < 0.02
     assert torch.equal(y_seen[~dropped], y[~dropped])
-    close(loss, ((tiny(x, t, y_seen) - eps)**2).mean(), 1e-6)
-    ends = Chain().step(double([0.0, 1 - 1e-4]))
-    assert ends.tolist() == [T, 1]
-
-
-@ALL_PATHS
-def test_the_printed_dsm_loss_is_ours_over_beta_squared(path):
-    """|| s_theta - grad log p_t(x|z) ||^2 = || eps_theta - eps ||^2 / beta_t^2, at each t.
-
-    Its mean over t ~ U[0, 1) is infinite: on CondOT and Cosine as int dt / (1 - t)^2, on DDPM,
-    whose beta_t^2 is about 0.1 (1 - t) near t = 1, as int dt / (1 - t).
-    """
-    ours, z, y, x, t, y_seen = call_loss(cfg_dsm_loss, tiny, path)
+    eps_theta = tiny(x, t, y_seen)
+    close(loss, ((eps_theta - eps)**2).mean(), 1e-6)
     alpha, beta, _, _ = path.at(t, z)
     score = gradient(Normal(alpha * z, beta.expand_as(z)).log_prob, x)      # grad log p_t(x|z)
-    printed = ((-tiny(x, t, y_seen) / beta - score)**2).mean(dim=(1, 2, 3))
-    close(ours, (beta.flatten()**2 * printed).mean(), 1e-6)
+    close((-eps_theta / beta - score)**2, (eps_theta - eps)**2 / beta**2, 1e-6)
     near, nearer = path.beta(double([1 - 1e-5, 1 - 1e-6]))**2
     close(near / nearer, 10 if isinstance(path, DDPM) else 100, 1e-3)       # the power of 1 - t
 
@@ -234,8 +224,8 @@ def test_ddim_with_a_push_is_the_lectures_first_guided_sampling(x):
 
 
 def test_ddim_on_the_classifier_guided_field_is_the_lectures_second_guided_sampling(x):
-    """eps^ = eps_theta - gamma sqrt(1 - abar) g, mu_theta of it, + sqrt(beta~) xi; all T steps."""
-    noise = torch.randn(T, 6, 2).double()
+    """eps^ = eps_theta - gamma sqrt(1 - abar) g, mu_theta of it, + sqrt(beta~) xi."""
+    noise = torch.randn(100, 6, 2).double()
     null = labels(NULL, x)
     classifier = partial(MIX.log_posterior, Chain())
     field = partial(classifier_guided_field, partial(MIX.u, Chain()), classifier, Chain(), y=MANY,
@@ -255,13 +245,7 @@ def test_noise_scales_the_new_noise_of_a_step_of_ddim(path, x):
                 for xi in (1, 0)]
         return ends[0] - ends[1]
 
-    assert effect(1.0).abs().min() > 1e-3
     close(effect(0.3), 0.3 * effect(1.0))
-
-
-def test_ddim_takes_no_root_of_what_rounding_left_below_0():
-    """At noise = 1 and t near 0, sigma^2 may round to more than beta_s^2."""
-    assert ddim(lambda x, t: x, torch.ones(1, 1), 3, CondOT(), noise=1.0, t0=1e-12).isfinite()
 
 
 # ---------------------------------------------------------------- guided sampling, derived

@@ -3,21 +3,18 @@
 The fields are exact: a mixture of chapters.oracle, float64, on CondOT.
 """
 import re
-import zlib
 from functools import partial
-from xml.etree import ElementTree
 
 import numpy as np
 import pytest
 import torch
 
-from cfg_min import NULL, euler, guided_field
+from cfg_min import NULL, guided_field
 from chapters import rules
 from chapters.oracle import Mixture
-from conftest import close, error_line
+from conftest import close, labels, save_first
 from experiments import guides, measures, plots
 from paths import CondOT
-from support import command, mnist
 
 THREE = Mixture([[-1.0, 0.5, 0.0], [1.0, -0.5, 0.3], [0.2, 1.5, -1.0]], std=[0.5, 0.4, 0.6],
                 weight=[0.3, 0.5, 0.2], label=[0, 1, 2])
@@ -27,13 +24,9 @@ Y = torch.arange(12) % 3
 EVERY_T = pytest.mark.parametrize("t", [0.05, 0.3, 0.6, 0.95])
 
 
-def unconditional(x, t, y):
-    return NET(x, t, torch.full_like(y, NULL))
-
-
-def fields(t, x=X):
+def fields(t):
     """u_t(x|y), u_t(x|null) and x."""
-    return NET(x, t, Y), unconditional(x, t, Y), x
+    return NET(X, t, Y), NET(X, t, labels(NULL, X)), X
 
 
 def use(guide, t, w, **options):
@@ -94,13 +87,12 @@ def test_cfg_plus_plus_is_ddim_that_renoises_without_the_label(steps):
     lam = rules.lam_of(3.0, 1 / steps)
     scales = [scale_of(rules.cfg_plus_plus, k / steps, lam, 1 / steps) for k in range(steps)]
     assert sum(scales) / steps == pytest.approx(3.0)
-    x = X
     for k in range(steps):
         t, s = k / steps, (k + 1) / steps
-        z = path.u_to_data(torch.lerp(unconditional(x, t, Y), NET(x, t, Y), lam), x, t)
-        x = s * z + (1 - s) * path.u_to_eps(unconditional(x, t, Y), x, t)
-    rows = {name: guide for name, guide, _ in guides.rows_of(NET, None, 1 / steps)}
-    close(euler(lambda x, t: rows["CFG++"](*fields(t, x), t, 3.0), X, steps), x)
+        cond, uncond, x = fields(t)
+        z = path.u_to_data(torch.lerp(uncond, cond, lam), x, t)
+        step = rules.cfg_plus_plus(cond, uncond, x, t, lam, 1 / steps) / steps
+        close(x + step, s * z + (1 - s) * path.u_to_eps(uncond, x, t))
 
 
 @EVERY_T
@@ -136,27 +128,15 @@ def test_cfg_zero_star_scale_minimises_the_distance_to_cond(t):
     close(use(rules.cfg_zero_star, 0.03, 3.0), torch.zeros(12, 3))
 
 
-def test_autoguidance_takes_the_error_of_the_weak_network_back():
-    """If both err alike, cond = u + e and weak = u + 2 e, then w = 2 gives u."""
-    u, e, x = fields(0.5)
-    rows = {name: (guide, second) for name, guide, second in guides.rows_of(NET, "weak", 0.1)}
-    guide, second = rows["autoguidance"]
-    assert second == "weak"
-    close(guide(u + e, u + 2 * e, x, 0.5, 2.0), u)
-
-
 # ---------------------------------------------------------------- measures.py
 
 @pytest.fixture
 def evaluate(tmp_path, monkeypatch):
     """Measures against 1500 digits, with an evaluator that is hardly trained."""
-    with np.load(mnist.FILE) as npz:
-        arrays = {key: npz[key][:1500] for key in npz}
-    np.savez(tmp_path / "some.npz", **arrays)
     monkeypatch.setattr(measures, "EVALUATOR", tmp_path / "evaluator.pt")
     monkeypatch.setattr(measures, "load_evaluator", partial(measures.load_evaluator, steps=5))
     monkeypatch.chdir(tmp_path)
-    return partial(measures.Measures, "some.npz")
+    return partial(measures.Measures, save_first(1500, "some.npz"))
 
 
 def test_frechet_is_the_distance_of_two_gaussians():
@@ -165,10 +145,8 @@ def test_frechet_is_the_distance_of_two_gaussians():
     means = (X.mean(dim=0) - other.mean(dim=0)).square().sum().item()
     variance = X.var(dim=0).sum().item()
     assert measures.frechet(X, other) == pytest.approx(means + (1 + 9 - 2 * 3) * variance)
-    assert measures.frechet(X, X) == pytest.approx(0, abs=1e-9)
-    for bad in (X[:1], X * torch.nan):
-        with pytest.raises(ValueError):
-            measures.frechet(bad, X)
+    with pytest.raises(ValueError):
+        measures.frechet(X * torch.nan, X)
 
 
 def test_real_digits_are_as_good_as_digits_can_be(evaluate):
@@ -178,7 +156,6 @@ def test_real_digits_are_as_good_as_digits_can_be(evaluate):
     places, rest = measure.split(labels)
     assert torch.equal(measure.y_test[places], labels)
     assert not set(places.tolist()) & set(rest.tolist())
-    assert measure.y_test[rest].bincount().unique().numel() == 1
     real = measure.real_digits(labels)
     row = measure(real, labels)
     guesses = measures.apply(measure.evaluator, real).argmax(dim=1)
@@ -187,70 +164,34 @@ def test_real_digits_are_as_good_as_digits_can_be(evaluate):
     assert measure(255 - real, labels)["Frechet"] > 10 * row["Frechet"]
 
 
-def test_the_evaluator_is_kept_whole_and_trained_anew_for_other_data(evaluate, capsys):
-    first = evaluate().evaluator
-    second = evaluate().evaluator
-    assert capsys.readouterr().out.count("training the evaluator") == 1
-    assert torch.equal(first[-1].weight, second[-1].weight)
-    raw = measures.EVALUATOR.read_bytes()
-    for damaged in (raw[:-500], raw[:2000] + b"x" + raw[2001:]):
-        measures.EVALUATOR.write_bytes(damaged)
-        assert torch.equal(evaluate().evaluator[-1].weight, first[-1].weight)
-    capsys.readouterr()
-    measures.load_evaluator(torch.zeros(50, 1, 32, 32).byte(), torch.arange(50) % 10)
-    assert "training the evaluator" in capsys.readouterr().out
+def test_the_evaluator_is_trained_once_and_anew_where_it_is_damaged(evaluate, capsys):
+    for _ in range(2):
+        evaluate()
+        evaluate()
+        assert capsys.readouterr().out.count("training the evaluator") == 1
+        raw = measures.EVALUATOR.read_bytes()
+        measures.EVALUATOR.write_bytes(raw[:2000] + b"x" + raw[2001:])
 
 
 def test_c2st_is_a_half_of_what_is_alike_and_all_of_what_is_not():
     """50 % of noise beside noise, learnt by heart or not; 100 % of black beside white."""
     noise = torch.randint(0, 256, (2, 40, 1, 32, 32), dtype=torch.uint8)
-    assert measures.classify_two_samples(*noise, steps=40) < 75
+    assert measures.classify_two_samples(*noise, steps=20) < 75
     assert measures.classify_two_samples(0 * noise[0], 0 * noise[0] + 255, steps=10) == 100
-
-
-@pytest.mark.parametrize("images, labels", [
-    (np.zeros((30, 28, 28), np.uint8), np.zeros(30, int)),
-    (np.zeros((30, 32, 32)), np.zeros(30, int)),
-    (np.zeros((30, 32, 32), np.uint8), np.zeros(29, int)),
-    (np.zeros((30, 32, 32), np.uint8), np.full(30, NULL)),
-    (np.zeros((1, 32, 32), np.uint8), np.zeros(1, int)),
-    (np.zeros((300, 32, 32), np.uint8), np.zeros(300, int)),
-    (np.array([{}]), np.zeros(1, int))])
-def test_samples_that_cannot_be_measured_are_one_line(evaluate, capsys, images, labels):
-    """Of another size or kind, without labels, one alone, too many of a label, a pickle."""
-    np.savez("samples.npz", images=images, labels=labels)
-    line = ["samples.npz", "--data", "some.npz"]
-    assert command.execute(partial(measures.main, line)) == 2
-    error_line(capsys)
-    assert not measures.EVALUATOR.exists()      # refused before the work
-
-
-@pytest.mark.parametrize("options", [
-    "--w nan", "--n 5", "--ckpt weights/classifier.pt", "--weak weights/vae.pt", "--weak no.pt"])
-def test_guides_that_cannot_be_compared_are_one_line(evaluate, unet, capsys, monkeypatch, options):
-    """Scales that are no numbers, too few samples, other networks than generators of pixels."""
-    monkeypatch.setattr(guides, "Measures", evaluate)
-    line = f"--n 20 --steps 1 --w 3 --ckpt {unet} {options}"
-    try:
-        assert command.execute(partial(guides.main, line.split())) == 2
-    except SystemExit as error:                 # argparse's way out
-        assert error.code == 2
-    error_line(capsys)
 
 
 def test_the_table_of_measures_and_that_of_guides_have_their_rows(evaluate, unet, capsys,
                                                                   monkeypatch):
-    """A file of sample.py; rules of w = 1 that are no guidance have one row's numbers."""
+    """A file of sample.py; at w = 1 most rules are no guidance, so their numbers are one row's."""
     labels = np.arange(40) % 10
     np.savez("samples.npz", images=np.zeros((40, 32, 32), np.uint8), labels=labels)
-    assert measures.main(["samples.npz", "--data", "some.npz"]) is None
+    measures.main(["samples.npz", "--data", "some.npz"])
     monkeypatch.setattr(guides, "Measures", evaluate)
-    guides.main(["--n", "20", "--steps", "2", "--w", "1", "3", "--ckpt", str(unet)])
+    guides.main(["--n", "20", "--steps", "2", "--w", "1", "--ckpt", str(unet)])
     out = capsys.readouterr().out
-    rows = dict(re.findall(r"^(.{30})((?: +[\d.]+)+)$", out, re.MULTILINE))
-    rows = {name.strip(): numbers.split() for name, numbers in rows.items()}
-    assert {"40 real digits", "samples.npz", "20 real digits", "w = 3  CFG"} <= set(rows)
-    assert len(rows) == 3 + 2 * 7
+    rows = re.findall(r"^(.+?) {3,}([\d. ]+)$", out, re.MULTILINE)
+    rows = {name: numbers.split() for name, numbers in rows}
+    assert {"40 real digits", "samples.npz", "20 real digits"} < set(rows)
     for name in ("interval", "rising scale", "rescale", "APG"):
         assert rows[f"w = 1  {name}"] == rows["w = 1  CFG"]
 
@@ -258,25 +199,11 @@ def test_the_table_of_measures_and_that_of_guides_have_their_rows(evaluate, unet
 # ---------------------------------------------------------------- plots.py
 
 def test_a_line_goes_where_its_numbers_say():
-    """From corner to corner; what lies above the frame is left out; ticks at round numbers."""
-    marks = [plots.line([0, 5, 10], [1, 2, 3]), plots.dots([0], [9])]
-    text = plots.svg([plots.axes(marks, (0, 10), (1, 3), "a < b", "t", "x")] * 2)
-    assert len(ElementTree.fromstring(text)) == 3           # the background and two panels
+    """From corner to corner; ticks at round numbers."""
+    lines = [plots.line([0, 5, 10], [1, 2, 3])]
+    text = plots.axes(lines, (0, 10), (1, 3), "title", "t", "x")
     left, top = plots.LEFT, plots.TOP
     right, bottom = left + plots.WIDTH, top + plots.HEIGHT
     middle = f"{(left + right) / 2:.1f} {(top + bottom) / 2:.1f}"
     assert f"{left:.1f} {bottom:.1f}L{middle}L{right:.1f} {top:.1f}" in text
-    assert "h0" not in text
-    assert "a &lt; b" in text
     assert plots.choose_ticks(0, 1.08) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1])
-    assert plots.choose_ticks(-3, 12000) == [0, 2000, 4000, 6000, 8000, 10000, 12000]
-
-
-def test_a_moving_picture_has_its_frames_in_order():
-    """Chunks of an animated PNG, numbered 0, 1, 2, ...; the pixels of each frame."""
-    raw = plots.animated_png([np.full((3, 5), k, np.uint8) for k in (7, 8)], [0.1, 2.5])
-    chunks = [(m.group(), raw[m.end():]) for m in re.finditer(b"fcTL|fdAT", raw)]
-    assert [kind for kind, _ in chunks] == [b"fcTL", b"fdAT"] * 2
-    assert [data[3] for _, data in chunks] == [0, 1, 2, 3]
-    assert [zlib.decompressobj().decompress(data[4:])[1] for _, data in chunks[1::2]] == [7, 8]
-    assert [data[20:24] for _, data in chunks[::2]] == [b"\0\x0a\0\x64", b"\0\xfa\0\x64"]

@@ -1,12 +1,10 @@
 """Kinds of faults: what is written and what is read, too much of anything, the terminal."""
 import os
-import re
 import resource
-import signal
 import subprocess
 import sys
-import threading
-import time
+from contextlib import contextmanager
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -15,33 +13,57 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import ROOT, error_line, run_line, signal_in
+from conftest import ROOT, error_line
 from support import checkpoint, command
+from support.training import Training
 
 TRAIN = "train.py --arch unet --steps 1 --batch 2"
 SAMPLE = "sample.py --w 1 --n 2 --steps 1"
 
 
+# ---------------------------------------------------------------- what is asked for
+
+@pytest.mark.parametrize("line, says", [
+    (f"{TRAIN} {options}", says) for options, says in (
+        ("--out ''", "--out"), ("--out folder.pt", "plain file"), ("--out folder.pt/", "--out"),
+        ("--out text.pt/a.pt", "text.pt"), ("--out text.pt", "text.pt"), ("--out note.pt", "log"),
+        ("--out pipe.pt", "plain file"), ("--out /proc/a.pt", "/proc"),
+        ("--out link.pt --data few.npz", "link.pt"), ("--out net.pt --init net.pt", "--overwrite"),
+        ("--out net.pt --resume --predict z --steps 9", "--init"),
+        ("--init net.pt --out b.pt", "predict"), ("--latent net.pt --out b.pt", "autoencoder"),
+        ("--data no.npz --out b.pt", "no.npz"), ("--eta 2", "--eta"), ("--steps 1.5", "--steps"),
+        ("--device meta", "try --device cpu"))
+] + [
+    (f"{SAMPLE} {options}", says) for options, says in (
+        ("--ckpt no.pt", "no.pt"), ("--ckpt text.pt", "text.pt"), ("--sigma 1", "--sampler em"),
+        ("--interval 0.5 0.2", "LOW"), ("--guidance mean", "--sampler ddpm"),
+        ("--guidance classifier --away-from 3", "--away-from"), ("--label 11", "--label"),
+        ("--label 3 --away-from 3", "the same"), ("--out a.jpg", ".png"),
+        ("--out other.npz", "other.npz"), ("--out text.png", "text.png"),
+        ("--w 1 3 --out a.npz", "one --w"), ("--device cuda:99", "try --device cpu"))
+])
+def test_what_cannot_be_used_is_one_line_that_says_what_to_do(run, few, unet, capsys, monkeypatch,
+                                                              line, says):
+    """Before the work begins; and what lies in the folder stays as it is."""
+    Path("folder.pt").mkdir()
+    for name in ("text.pt", "note.csv", "text.png"):
+        Path(name).write_text("mine")
+    os.mkfifo("pipe.csv")
+    np.savez("other.npz", mine=np.arange(3))
+    Path("few.npz").write_bytes(few.read_bytes())
+    Path("link.pt").symlink_to("few.npz")
+    Path("net.pt").write_bytes(unet.read_bytes())
+    monkeypatch.setattr(Training, "steps", None)            # training would be a TypeError
+    before = {path: path.is_file() and path.read_bytes() for path in Path().iterdir()}
+    assert run(line) == 2
+    assert says in error_line(capsys)
+    assert {path: path.is_file() and path.read_bytes() for path in Path().iterdir()} == before
+
+
 # ---------------------------------------------------------------- what is written
 
-@pytest.mark.parametrize("line", ["--ckpt net.png --out net.png", "--out pipe.png"])
-def test_a_picture_destroys_nothing_that_is_no_picture(run, unet, capsys, line):
-    Path("net.png").write_bytes(unet.read_bytes())
-    os.mkfifo("pipe.png")
-    assert run(f"{SAMPLE} {line}") == 2
-    error_line(capsys)
-    assert Path("pipe.png").is_fifo()
-    assert Path("net.png").read_bytes() == unet.read_bytes()
-
-
 def test_two_processes_write_one_file_each_whole(tmp_path):
-    """Neither fails, and what a user has under such a name stays, if it is not old."""
-    mine = tmp_path / ".a.1.tmp", tmp_path / ".a.probe"
-    left = tmp_path / ".a.2.tmp"                # by a process that was killed two hours ago
-    for path in (*mine, left):
-        path.touch()
-    os.utime(left, (time.time() - 7200,) * 2)
-
+    """Neither fails, and nothing else is left."""
     def write_often(letter):
         for _ in range(100):
             command.try_place(tmp_path / "a")
@@ -53,9 +75,9 @@ def test_two_processes_write_one_file_each_whole(tmp_path):
         process.start()
     for process in both:
         process.join()
-    assert [process.exitcode for process in both] == [0, 0]
+        assert process.exitcode == 0
     assert set((tmp_path / "a").read_text()) in ({"x"}, {"y"})
-    assert sorted(tmp_path.iterdir()) == [*mine, tmp_path / "a"]
+    assert [*tmp_path.iterdir()] == [tmp_path / "a"]
 
 
 def test_a_full_disk_at_the_first_save_leaves_nothing(run, monkeypatch, capsys):
@@ -68,93 +90,23 @@ def test_a_full_disk_at_the_first_save_leaves_nothing(run, monkeypatch, capsys):
     assert not [*Path().iterdir()]
 
 
-def test_a_link_stays_a_link_and_its_file_is_written(tmp_path):
-    (tmp_path / "link").symlink_to("file")
-    for data in (b"new", b"newer"):
-        command.write_whole(tmp_path / "link", data)
-        assert (tmp_path / "link").is_symlink()
-        assert (tmp_path / "file").read_bytes() == data
+def test_a_write_that_fails_leaves_the_old_file_and_a_link_stays_a_link(tmp_path):
+    link, file = tmp_path / "link", tmp_path / "file"
+    link.symlink_to("file")
+    for data in (b"old", b"new"):
+        command.write_whole(link, data)
+    with pytest.raises(TypeError):
+        command.write_whole(link, "no bytes")
+    assert link.is_symlink()
+    assert file.read_bytes() == b"new"
+    assert sorted(tmp_path.iterdir()) == [file, link]
 
 
 # ---------------------------------------------------------------- what is read
 
-def spoil(saved, part, value):
-    """A change of a checkpoint's dict, at a path of keys and numbers."""
-    *parents, last = [int(key) if key == "0" else key for key in part.split("/")]
-    for key in parents:
-        saved = saved[key]
-    if value is None:
-        del saved[last]
-    else:
-        saved[last] = value
-
-
-@pytest.fixture(scope="module")
-def halfway(tmp_path_factory, few):
-    """The unfinished checkpoint of a run of 9 steps, at step 4."""
-    file = tmp_path_factory.mktemp("halfway") / "a.pt"
-    with signal_in(4):
-        assert run_line(f"{LINE} --out {file}", few) == 130
-    return file
-
-
-LINE = "train.py --arch unet --predict z --times logit-normal --steps 9 --batch 8"
-NAN = torch.full((32,), torch.nan)
-
-
-@pytest.mark.parametrize("use, part, value", [
-    (use, part, value) for use in ("--init bad.pt --out new.pt", "--resume --out bad.pt")
-    for part, value in (("weights", None), ("weights", {1: 2}), ("weights/net.norm.bias", NAN),
-                        ("config/net", dict(layers=1)))
-] + [("--resume --out bad.pt", part, value) for part, value in (
-    ("optimizer", None), ("optimizer/state", {}), ("optimizer/state/0", 3),
-    ("optimizer/state/0/exp_avg", None), ("optimizer/state/0/exp_avg", torch.zeros(7)),
-    ("optimizer/param_groups", None), ("optimizer/param_groups/0/lr", "x"), ("schedule", 3),
-    ("schedule/last_epoch", "x"), ("schedule", {}), ("schedule/total_steps", 5),
-    ("schedule/_schedule_phases", []))])
-def test_a_damaged_checkpoint_starts_no_run(run, halfway, capsys, use, part, value):
-    """With a right checksum: parts that are missing, of another network, type or shape, or not
-    finite."""
-    saved = checkpoint.read(halfway)
-    spoil(saved, part, value)
-    checkpoint.save("bad.pt", saved)
-    before = Path("bad.pt").read_bytes()
-    assert run(f"{LINE} {use}") == 2
-    error_line(capsys)
-    assert Path("bad.pt").read_bytes() == before
-
-
-@pytest.mark.parametrize("scale", [0.0, torch.nan])
-def test_an_autoencoder_that_decodes_nothing_is_damaged(run, capsys, scale):
-    """scale = 0 would divide by 0; of a latent model's own autoencoder too."""
-    assert run("chapters.vae --steps 1 --batch 8 --out v.pt") == 0
-    assert run("train.py --arch dit --latent v.pt --steps 1 --batch 2 --out latent.pt") == 0
-    for file, part in (("v.pt", "weights/scale"), ("latent.pt", "autoencoder/weights/scale")):
-        saved = checkpoint.read(file)
-        spoil(saved, part, torch.tensor(scale))
-        checkpoint.save(file, saved)
-    capsys.readouterr()
-    assert run("train.py --arch dit --latent v.pt --steps 1 --batch 2 --out a.pt") == 2
-    assert "not finite" in error_line(capsys)
-    for autoencoder in (saved["autoencoder"], {1: 2}):
-        checkpoint.save("latent.pt", dict(saved, autoencoder=autoencoder))
-        assert run(f"{SAMPLE} --ckpt latent.pt") == 2
-        assert re.search("damaged|not finite", error_line(capsys))
-
-
-@pytest.mark.parametrize("make", [
-    lambda file: file.symlink_to("nowhere"), os.mkfifo, Path.mkdir,
-    lambda file: file.write_text("damaged")])
-def test_what_lies_in_runs_is_in_nobodys_way(run, unet, capsys, make):
-    """A broken link, a pipe, a folder or a damaged file instead of a classifier is passed over."""
-    Path("runs").mkdir()
-    make(Path("runs/classifier.pt"))
-    assert run(f"{SAMPLE} --ckpt {unet}") == 0
-    assert "no classifier has seen these data" in capsys.readouterr().out
-
-
 def test_a_classifier_guides_on_its_own_data_and_path_only(run, few, unet, capsys):
-    """Of another path it still says the label accuracy; of other data not even that."""
+    """Of another path it still says the label accuracy; of other data, or damaged, not even that.
+    """
     assert run("chapters.classifier --steps 1 --batch 8 --path ddpm") == 0
     assert run(f"{SAMPLE} --ckpt {unet} --guidance classifier") == 2
     assert "--path" in error_line(capsys)
@@ -164,17 +116,17 @@ def test_a_classifier_guides_on_its_own_data_and_path_only(run, few, unet, capsy
         np.savez("other.npz", **{key: npz[key][5:] for key in npz})
     assert run("chapters.classifier --steps 1 --batch 8 --data other.npz --overwrite") == 0
     assert run(f"{SAMPLE} --ckpt {unet}") == 0
-    assert "no classifier has seen these data" in capsys.readouterr().out
+    Path("runs/classifier.pt").write_text("damaged")
+    assert run(f"{SAMPLE} --ckpt {unet}") == 0
+    assert capsys.readouterr().out.count("no classifier has seen these data") == 2
 
 
 # ---------------------------------------------------------------- too much, other machines
 
-@pytest.mark.parametrize("line", [
-    f"{TRAIN} --batch 20000000 --data FEW --out RUN/a.pt", f"{SAMPLE} --n 1000000000 --ckpt UNET"])
-def test_what_does_not_fit_into_memory_is_one_line(tmp_path, few, unet, line):
+def test_what_does_not_fit_into_memory_is_one_line(tmp_path, few):
     """In a process that may have 8 GB."""
     limit = 8 * 2**30
-    line = line.replace("FEW", str(few)).replace("UNET", str(unet)).replace("RUN", str(tmp_path))
+    line = f"{TRAIN} --batch 20000000 --data {few} --out {tmp_path}/a.pt"
     done = subprocess.run([sys.executable, *line.split()], cwd=ROOT, text=True, capture_output=True,
                           preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_AS, (limit, limit)))
     assert done.returncode == 2
@@ -185,22 +137,14 @@ def test_what_does_not_fit_into_memory_is_one_line(tmp_path, few, unet, line):
 WHOLE = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29500")
 
 
-@pytest.mark.parametrize("change", [
-    dict(RANK=""), dict(RANK="2"), dict(WORLD_SIZE="0"), dict(WORLD_SIZE="x"),
-    dict(MASTER_ADDR=""), dict(MASTER_PORT="x")])
-def test_torchruns_variables_are_whole_or_one_line_says_so(run, monkeypatch, capsys, change):
+@pytest.mark.parametrize("change", [dict(RANK="2"), dict(WORLD_SIZE="x"), dict(MASTER_ADDR="")])
+def test_torchruns_variables_are_whole_or_one_line_says_so(run, unet, monkeypatch, capsys, change):
+    """sample.py does not mind; a cluster's shell may have WORLD_SIZE alone."""
     for name, value in (WHOLE | change).items():
         monkeypatch.setenv(name, value)
+    assert run(f"{SAMPLE} --ckpt {unet}") == 0
     assert run(TRAIN) == 2
     assert "torchrun" in error_line(capsys)
-
-
-@pytest.mark.parametrize("line, device", [
-    (TRAIN, "hpu"), (TRAIN, "meta"), (SAMPLE, "cuda:99"), ("chapters.classifier", "tpu"),
-    ("chapters.vae", "''")])
-def test_a_device_that_is_not_there_is_one_line(run, capsys, line, device):
-    assert run(f"{line} --device {device}") == 2
-    assert "try --device cpu" in error_line(capsys)
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
@@ -209,34 +153,6 @@ def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
     monkeypatch.setenv("LOCAL_RANK", "99")
     with pytest.raises(command.BadInput, match="cuda:99"):
         checkpoint.pick_device(None)
-
-
-def test_commands_work_whatever_the_default_type_is(run, few):
-    """After a user's torch.set_default_dtype(torch.float64)."""
-    torch.set_default_dtype(torch.float64)
-    try:
-        assert run("chapters.vae --steps 1 --batch 2 --out v.pt") == 0
-        assert run("chapters.classifier --steps 1 --batch 2") == 0
-        assert run("train.py --arch dit --latent v.pt --steps 1 --batch 2 --out a.pt") == 0
-        assert run(f"{TRAIN} --out b.pt") == 0
-        for line in ("--ckpt a.pt", "--ckpt b.pt --guidance classifier"):
-            assert run(f"{SAMPLE} {line}") == 0
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
-def test_progress_needs_no_clock_no_terminal_and_no_torchrun(run, unet, monkeypatch, capsys):
-    """A clock that stands still; a stream in stdout's place; WORLD_SIZE alone, as a cluster's shell
-    may have it."""
-    monkeypatch.setattr(command.Progress, "is_due", lambda self: True)
-    monkeypatch.setattr(time, "monotonic", lambda: 7.0)
-    monkeypatch.setattr(os, "isatty", lambda number: True)
-    assert run(f"{TRAIN} --out a.pt") == 0
-    assert run(f"{TRAIN} --lr 1 --out a.pt") == 2
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert run(f"{SAMPLE} --ckpt {unet}") == 0
-    said = capsys.readouterr()
-    assert "\033" not in said.out + said.err
 
 
 class NoDoubles(TorchDispatchMode):
@@ -248,24 +164,36 @@ class NoDoubles(TorchDispatchMode):
         return out
 
 
-def test_no_command_makes_tensors_of_float64(run):
-    """But for numbers, which are on the CPU."""
-    with NoDoubles():
-        assert run(f"{TRAIN} --out a.pt") == 0
+@contextmanager
+def double_by_default():
+    """After a user's torch.set_default_dtype(torch.float64)."""
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("machine", [NoDoubles, double_by_default])
+def test_commands_work_with_no_float64_and_with_float64_by_default(run, machine):
+    with machine():
+        assert run("chapters.vae --steps 1 --batch 2 --out v.pt") == 0
         assert run("chapters.classifier --steps 1 --batch 2") == 0
-        for sampler in ("em", "ddpm", "pc"):
-            assert run(f"{SAMPLE} --ckpt a.pt --sampler {sampler}") == 0
+        assert run("train.py --arch dit --latent v.pt --steps 1 --batch 2 --out a.pt") == 0
+        assert run(f"{TRAIN} --out b.pt") == 0
+        for options in ("--ckpt a.pt --sampler em", "--ckpt a.pt --sampler ddpm",
+                        "--ckpt b.pt --sampler pc", "--ckpt b.pt --guidance classifier"):
+            assert run(f"{SAMPLE} {options}") == 0
 
 
 def test_only_weights_and_data_are_found_from_another_folder(run, unet, monkeypatch, capsys):
     """runs/ of the clone holds other networks than that of this folder."""
-    Path("clone/runs").mkdir(parents=True)
-    for name in ("mine", "classifier"):
-        Path(f"clone/runs/{name}.pt").write_bytes(unet.read_bytes())
+    for folder in ("runs", "weights"):
+        Path("clone", folder).mkdir(parents=True)
+        Path("clone", folder, "mine.pt").write_bytes(unet.read_bytes())
     monkeypatch.setattr(command, "HERE", Path("clone").resolve())
     assert run(f"{SAMPLE} --ckpt runs/mine.pt") == 2
     assert "no such file" in error_line(capsys)
-    Path("clone/runs").rename("clone/weights")
     assert run(f"{SAMPLE} --ckpt weights/mine.pt") == 0
 
 
@@ -275,23 +203,22 @@ def test_a_home_is_expanded_in_every_path(run, few, monkeypatch):
     Path("home").mkdir()
     Path("home/few.npz").write_bytes(few.read_bytes())
     assert run("chapters.vae --steps 1 --batch 2 --data=~/few.npz --out=~/v.pt") == 0
-    assert run(f"{TRAIN} --latent=~/v.pt --out=~/a.pt") == 0
-    assert run(f"{TRAIN} --latent=~/v.pt --init=~/a.pt --out=~/b.pt") == 0
+    for options in ("--out=~/a.pt", "--init=~/a.pt --out=~/b.pt"):
+        assert run(f"{TRAIN} --latent=~/v.pt {options}") == 0
     assert run(f"{SAMPLE} --ckpt=~/b.pt --out=~/s.png") == 0
-    assert not Path("~").exists()
-    assert {"a.csv", "b.pt", "s.png"} < {path.name for path in Path("home").iterdir()}
+    assert [path.name for path in Path().iterdir()] == ["home"]
 
 
 # ---------------------------------------------------------------- the terminal
 
 @pytest.mark.parametrize("line, redirect, status, lines", [
     (f"{SAMPLE} --ckpt UNET", "| true", 1, 0), (f"{SAMPLE} --ckpt UNET", "> /dev/full", 2, 1),
-    (f"{SAMPLE} --ckpt UNET", ">&-", 0, 0), ("chapters.oracle", "> /dev/full", 2, 1),
-    (f"{SAMPLE} --ckpt UNET --out \u03b5.png", "", 0, 0), ("train.py --help", "| true", 1, 0),
-    ("train.py --help", "> /dev/full", 1, 0), (f"{TRAIN} --data FEW --out a.pt", "| true", 0, 0)])
+    (f"{SAMPLE} --ckpt UNET --out \u03b5.png", "", 0, 0), ("train.py --help", "> /dev/full", 1, 0),
+    (f"{TRAIN} --data FEW --out a.pt", ">&-", 0, 0),
+    (f"{TRAIN} --data FEW --out a.pt", "| true", 0, 0)])
 def test_a_stdout_that_takes_nothing_is_silence_or_one_line(run, few, unet, line, redirect, status,
                                                             lines):
-    """A reader that went away, a full disk, a closed stdout, a terminal of ascii alone. Training
+    """A reader that went away, a full disk, a terminal of ascii alone, a closed stdout. Training
     goes on."""
     line = line.replace("UNET", str(unet)).replace("FEW", str(few))
     environment = dict(os.environ, PYTHONIOENCODING="ascii", PYTHONUNBUFFERED="")
@@ -303,28 +230,12 @@ def test_a_stdout_that_takes_nothing_is_silence_or_one_line(run, few, unet, line
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("error, status", [
-    (command.BadInput("wrong"), 2), (OSError(28, "No space left"), 2), (MemoryError(), 2),
-    (torch.OutOfMemoryError("CUDA"), 2), (KeyboardInterrupt(), 130),
-    (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2)])
-def test_what_a_user_can_cause_is_one_line_and_a_status(capsys, error, status):
-    """And a mistake of ours is a traceback."""
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA")])
+def test_out_of_memory_is_one_line_and_a_mistake_of_ours_a_traceback(capsys, error):
     def main(error=error):
         raise error
 
-    assert command.execute(main) == status
-    assert len(capsys.readouterr().err.splitlines()) == (status == 2)
+    assert command.execute(main) == 2
+    assert "out of memory" in error_line(capsys)
     with pytest.raises(RuntimeError):
-        command.execute(lambda: main(RuntimeError("a bug")))
-
-
-def test_training_in_a_thread_needs_no_signals(run, few):
-    """As in a notebook's thread: it ends well, and Ctrl-C is as it was."""
-    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
-    status = []
-    thread = threading.Thread(target=lambda: status.append(run(f"{TRAIN} --out a.pt")))
-    thread.start()
-    thread.join()
-    assert status == [0]
-    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
-
+        command.execute(partial(main, RuntimeError("a bug")))

@@ -23,12 +23,6 @@ NETWORKS = pytest.mark.parametrize("make, options, shape", [
 Y = torch.tensor([0, 7, NULL])
 
 
-def check_all_weights_have_gradients(net, loss):
-    loss.backward()
-    for name, p in net.named_parameters():
-        assert p.grad.abs().sum() > 0, name
-
-
 @NETWORKS
 def test_a_network_starts_at_0_and_uses_all_its_weights(make, options, shape):
     """net(x, t, y) is like x, also for an empty batch, and 0 before training."""
@@ -36,8 +30,9 @@ def test_a_network_starts_at_0_and_uses_all_its_weights(make, options, shape):
     x = torch.randn(3, *shape)
     assert torch.equal(net(x, torch.rand(3), Y), torch.zeros_like(x))
     assert net(x[:0], torch.rand(0), Y[:0]).shape == x[:0].shape
-    loss = cfg_cfm_loss(randomize(net), CondOT(), x, Y, 0.0)
-    check_all_weights_have_gradients(net, loss)
+    cfg_cfm_loss(randomize(net), CondOT(), x, Y, 0.0).backward()
+    for name, p in net.named_parameters():
+        assert p.grad.abs().sum() > 0, name
 
 
 @NETWORKS
@@ -56,20 +51,15 @@ def test_a_network_depends_on_t_and_y_and_treats_classes_alike(make, options, sh
     assert torch.equal(net(x, 0.3, Y), net(x, torch.full((3,), 0.3), Y))
 
 
-@NETWORKS
-@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("make", [UNet, DiT])
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
 @torch.no_grad()
-def test_a_network_works_in_any_float_type(make, options, shape, kind):
-    """The same output, as exact as the type is; also after set_default_dtype(float64)."""
-    net = randomize(make(**options))
-    x = torch.randn(3, *shape)
+def test_a_network_works_in_any_float_type(make, kind):
+    """The same output, as exact as the type is."""
+    net = randomize(make())
+    x = torch.randn(3, 1, 32, 32)
     out = net(x, 0.3, Y)
-    try:
-        torch.set_default_dtype(torch.float64)
-        close(net(x, 0.3, Y), out, 1e-4)
-        in_kind = net.to(kind)(x.to(kind), 0.3, Y)
-    finally:
-        torch.set_default_dtype(torch.float32)
+    in_kind = net.to(kind)(x.to(kind), 0.3, Y)
     assert in_kind.dtype == kind
     assert distance(in_kind, out) < 0.1 * out.std()
 
@@ -87,10 +77,9 @@ def test_the_default_unet_has_the_lectures_stages():
 
     for stage in (net.first, *net.encoders, net.midcoder, *net.decoders):
         stage.register_forward_hook(note)
-    assert net(torch.randn(3, 1, 32, 32), 0.5, Y).shape == (3, 1, 32, 32)
+    net(torch.randn(3, 1, 32, 32), 0.5, Y)
     assert shapes == [(32, 16, 16), (64, 8, 8), (128, 4, 4), (128, 4, 4), (64, 8, 8), (32, 16, 16)]
-    stages = [net.midcoder, *(stage.layers for stage in (*net.encoders, *net.decoders))]
-    assert [len(layers) for layers in stages] == [2] * 5
+    assert sum(isinstance(part, ResidualLayer) for part in net.modules()) == 2 * 5
 
 
 @pytest.mark.parametrize("stage", [0, 1])
@@ -123,16 +112,12 @@ def test_a_residual_layer_adds_to_x_and_e_scales_and_shifts_its_norm():
 
 # ---------------------------------------------------------------- DiT
 
-def test_patches_are_those_of_unfold_and_a_linear_layer_on_them_a_convolution():
-    """Patches do not overlap and go row by row; the convolution has stride p."""
-    p = 4
+def test_patches_are_those_of_unfold():
+    """So they do not overlap and go row by row, and a linear layer on them is a convolution."""
     x = torch.randn(2, 3, 8, 12)
-    tokens = patchify(x, p)
-    assert torch.equal(tokens, F.unfold(x, p, stride=p).transpose(1, 2))
-    assert torch.equal(unpatchify(tokens, p, x.shape), x)
-    linear = torch.nn.Linear(3 * p * p, 5)
-    convolved = F.conv2d(x, linear.weight.view(5, 3, p, p), linear.bias, stride=p)
-    close(linear(tokens), convolved.flatten(2).transpose(1, 2), 1e-5)
+    tokens = patchify(x, 4)
+    assert torch.equal(tokens, F.unfold(x, 4, stride=4).transpose(1, 2))
+    assert torch.equal(unpatchify(tokens, 4, x.shape), x)
 
 
 @torch.no_grad()
@@ -145,17 +130,6 @@ def test_attention_is_torchs():
     torchs.out_proj.load_state_dict(block.out.state_dict())
     x = torch.randn(3, 5, 16)
     close(block.attention(x), torchs(x, x, x)[0], 1e-5)
-
-
-@torch.no_grad()
-def test_attention_lets_each_patch_reach_all_others():
-    """A change of one patch changes every patch of the output."""
-    net = randomize(DiT())
-    x = torch.zeros(2, 1, 32, 32)
-    x[1, :, 12:16, 20:24] += 1
-    out = net(x, 0.5, torch.tensor([1, 1]))
-    change = patchify(out[:1] - out[1:], 4).abs().amax(dim=2)       # (1, N)
-    assert (change > 1e-6).all()
 
 
 @torch.no_grad()
@@ -199,20 +173,11 @@ def test_e_scales_shifts_and_gates_the_blocks_of_a_dit():
 
 # ---------------------------------------------------------------- the autoencoder
 
-@pytest.fixture
-def vae():
-    net = randomize(VAE())
-    net.scale.fill_(2.0)
-    return net
-
-
-@pytest.fixture
-def images():
-    return torch.rand(3, 1, 32, 32) * 2 - 1
-
-
-def test_the_autoencoder_decodes_a_draw_of_its_posterior(vae, images):
+def test_the_autoencoder_decodes_a_draw_of_its_posterior():
     """A latent is mean + std eps, std^2 = var: of q(latent|x); encode scales it, decode back."""
+    vae = randomize(VAE())
+    vae.scale.fill_(2.0)
+    images = torch.rand(3, 1, 32, 32)
     eps = torch.randn(3, 4, 8, 8)
     recon, mean, log_var = vae(images, eps)
     assert recon.shape == images.shape
@@ -221,8 +186,10 @@ def test_the_autoencoder_decodes_a_draw_of_its_posterior(vae, images):
     close(recon, vae.decode(2 * (mean + log_var.exp().sqrt() * eps)), 1e-5)
 
 
-def test_the_loss_of_the_autoencoder_is_minus_the_elbo(vae, images):
+def test_the_loss_of_the_autoencoder_is_minus_the_elbo():
     """-ELBO = E_q[-log p(x|latent)] + KL(q(latent|x) || N(0, I)), times 2 std^2 / pixels."""
+    vae = randomize(VAE())
+    images = torch.rand(3, 1, 32, 32)
     torch.manual_seed(0)
     loss = vae_loss(vae, images, std=0.2)
     torch.manual_seed(0)
@@ -234,4 +201,3 @@ def test_the_loss_of_the_autoencoder_is_minus_the_elbo(vae, images):
     constant = 512 * math.log(2 * math.pi * 0.2**2)         # of 1024 pixels
     log_p = Independent(Normal(recon, 0.2), 3).log_prob(images) + constant
     close(loss, (kl - log_p).mean() * 2 * 0.2**2 / 1024, 1e-4)
-    check_all_weights_have_gradients(vae, loss)

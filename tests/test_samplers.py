@@ -151,8 +151,6 @@ def test_corrections_follow_each_step_but_the_last():
     assert not called
     predictor_corrector(conditional, noise, 4, CondOT(), corrector, corrections=2)
     assert called == [0.25, 0.25, 0.5, 0.5, 0.75, 0.75]
-    with pytest.raises(ValueError):
-        predictor_corrector(conditional, noise, 4, CondOT(), corrector, corrections=-1)
 
 
 @ALL_PATHS

@@ -3,7 +3,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ import torch.nn.functional as F
 
 import train
 from cfg_min import NULL, cfg_cfm_loss
-from conftest import ROOT, error_line, same, signal_in, weights
+from conftest import ROOT, error_line, signal_in, weights
 from paths import PATHS, CondOT
 from support import checkpoint, mnist, training
 from unet import UNet
@@ -25,14 +24,6 @@ SHORT = "train.py --arch unet --steps 6 --batch 8"
 def losses(file):
     """The losses in the log of a training run."""
     return np.loadtxt(file, delimiter=",", skiprows=1)[:, 1]
-
-
-def test_the_default_is_the_lectures_recipe():
-    """The network predicts u, t ~ U[0, 1), eta = 0.1, CondOT."""
-    options = train.parse(["--arch", "unet"])
-    assert (options.predict, options.times, options.eta, options.path) == (
-        "u", "uniform", 0.1, "condot")
-    assert train.TIMES["uniform"] is torch.rand
 
 
 class Zero(nn.Module):
@@ -80,18 +71,19 @@ def test_the_loss_is_that_of_what_the_network_predicts(grey, name, predict):
         assert loss == pytest.approx(F.mse_loss(u, target).item(), rel=1e-3)
 
 
-@pytest.mark.parametrize("options, eta, mean", [
-    ("", 0.1, 0.5), ("--eta 0.4", 0.4, 0.5), ("--eta 1 --times logit-normal", 1, 0.336)])
-def test_training_sees_pairs_labels_dropped_with_eta_and_its_times(grey, options, eta, mean):
-    """Shares of null labels; means of U[0, 1) and of the logit-normal t."""
+@pytest.mark.parametrize("options, eta, mean, std", [
+    ("", 0.1, 0.5, 0.289), ("--eta 0.4 --times logit-normal", 0.4, 0.336, 0.156)])
+def test_training_sees_pairs_labels_dropped_with_eta_and_its_times(grey, options, eta, mean, std):
+    """The lecture's eta = 0.1 and t ~ U[0, 1) by default; the moments of the logit-normal t."""
     assert grey(options) == 0
     _, t, y = (torch.cat(parts) for parts in zip(*Zero.calls))
     assert abs((y == NULL).double().mean() - eta) < 0.05
     assert abs(t.mean() - mean) < 0.03
+    assert abs(t.std() - std) < 0.02
 
 
-@pytest.mark.parametrize("steps", [1, 2, 19, 20, 21, 1000])
-def test_the_learning_rate_rises_to_lr_and_falls_to_0(steps):
+@pytest.mark.parametrize("steps, top", [(1, 0), (20, 0), (1000, 50)])
+def test_the_learning_rate_rises_to_lr_and_falls_to_0(steps, top):
     """In 5 % of the steps; for any number of steps."""
     optimizer = torch.optim.AdamW([nn.Parameter(torch.zeros(1))], lr=2.0)
     schedule = training.rise_and_fall(optimizer, 2.0, steps)
@@ -100,10 +92,8 @@ def test_the_learning_rate_rises_to_lr_and_falls_to_0(steps):
         rates.append(schedule.get_last_lr()[0])
         optimizer.step()
         schedule.step()
-    if steps == 1000:
-        assert max(rates) == pytest.approx(2.0, rel=1e-4)
-        assert abs(rates.index(max(rates)) - 50) <= 1
-        assert rates[0] < 0.1
+    assert abs(rates.index(max(rates)) - top) <= 1
+    assert steps < 1000 or max(rates) == pytest.approx(2.0, rel=1e-4)
     assert rates[-1] < 0.1 or steps == 1
 
 
@@ -118,10 +108,8 @@ def test_an_interrupted_run_resumes_to_the_same_bits(run, capsys, number):
     said = capsys.readouterr().out.splitlines()[-1]
     assert "step 2 of 6 to half.pt" in said
     assert "--resume" in said
-    assert checkpoint.read("half.pt")["step"] == 2
-    assert Path("half.csv").read_text().count("\n") == 3
     assert run(f"{SHORT} --out half.pt --resume") == 0
-    assert same(weights("half.pt"), weights("whole.pt"))
+    assert Path("half.pt").read_bytes() == Path("whole.pt").read_bytes()
     assert Path("half.csv").read_text() == Path("whole.csv").read_text()
 
 
@@ -135,27 +123,26 @@ def test_a_signal_that_the_parent_ignores_stays_ignored(run):
         signal.signal(signal.SIGINT, before)
 
 
-def test_a_killed_run_keeps_what_it_saved(run, few):
-    """kill -9 leaves the last whole checkpoint."""
-    command = [sys.executable, f"{ROOT}/train.py", "--arch", "unet", "--steps", "100000", "--batch",
-               "4", "--data", str(few), "--save-every", "1", "--out", "a.pt"]
-    killed = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    while not Path("a.pt").exists():
-        time.sleep(0.1)
-    killed.kill()
-    killed.wait()
-    step = checkpoint.read("a.pt")["step"]
-    assert 0 < step < 100000
-    assert Path("a.csv").read_text().count("\n") >= 1 + step
+def test_a_run_that_dies_goes_on_from_what_it_saved(run, monkeypatch):
+    """As of kill -9 or a full memory: after --save-every steps there is a whole checkpoint."""
+    def die(self, asked):
+        if self.done == 5:
+            raise KeyError
+
+    assert run(f"{SHORT} --out whole.pt") == 0
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr(training.Training, "agree", die)
+        run(f"{SHORT} --save-every 2 --out half.pt")
+    assert checkpoint.read("half.pt")["step"] == 4
+    assert run(f"{SHORT} --out half.pt --resume") == 0
+    assert Path("half.pt").read_bytes() == Path("whole.pt").read_bytes()
 
 
 def test_init_starts_from_the_weights_of_another_run(run, unet):
-    """The first loss of the new run is that of the old weights, not that of fresh ones."""
-    again = f"{SHORT} --predict z --times logit-normal --lr 1e-9"
-    assert run(f"{again} --init {unet} --out more.pt") == 0
+    """A run that learns nothing ends with them."""
+    assert run(f"{SHORT} --predict z --lr 1e-9 --init {unet} --out more.pt") == 0
     for name, value in weights(unet).items():
         torch.testing.assert_close(weights("more.pt")[name], value, atol=1e-6, rtol=0)
-    assert checkpoint.load("more.pt")[1]["step"] == 6
 
 
 def test_latent_models_carry_their_autoencoder(run, monkeypatch, tmp_path):
@@ -184,11 +171,10 @@ def test_latents_have_variance_1(run, few):
 
 def test_two_processes_share_the_batch(run, few):
     """torchrun's losses are those of one process that takes both halves of each batch itself."""
-    line = ("-m torch.distributed.run --standalone --nproc_per_node=2 TRAIN --arch unet --steps 4 "
-            f"--batch 8 --lr 0.05 --data {few} --out two.pt").replace("TRAIN", f"{ROOT}/train.py")
-    environment = dict(os.environ, OMP_NUM_THREADS="1")
+    line = (f"-m torch.distributed.run --standalone --nproc_per_node=2 {ROOT}/train.py --arch unet "
+            f"--steps 4 --batch 8 --lr 0.05 --data {few} --out two.pt")
     done = subprocess.run([sys.executable, *line.split()], capture_output=True, text=True,
-                          env=environment)
+                          env=dict(os.environ, OMP_NUM_THREADS="1"))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("wrote two.pt") == 1
     images, labels, _, _ = mnist.load(few)
@@ -212,53 +198,9 @@ def test_two_processes_share_the_batch(run, few):
         schedule.step()
 
 
-# ---------------------------------------------------------------- what is refused
-
-@pytest.mark.parametrize("out", [
-    "''", ".", "/", "folder", "folder/", "file/a.pt", "text.pt", "note.pt", "pipe.pt", "/proc/a.pt",
-    "data.pt --data link.pt", "net.pt --init hard.pt --predict z",
-    f"{ROOT}/weights/vae.pt --latent weights/vae.pt",
-])
-def test_out_is_tried_before_training_and_destroys_nothing(run, few, unet, out, capsys,
-                                                           monkeypatch):
-    """Folders, pipes, texts, another log beside it, inputs by any name."""
-    Path("folder").mkdir()
-    for name in ("file", "text.pt", "note.csv"):
-        Path(name).write_text("mine")
-    os.mkfifo("pipe.csv")
-    Path("data.pt").write_bytes(few.read_bytes())
-    Path("link.pt").symlink_to("data.pt")
-    Path("net.pt").write_bytes(unet.read_bytes())
-    os.link("net.pt", "hard.pt")
-    monkeypatch.setattr(training.Training, "steps", None)        # training would be a TypeError
-    before = {path: path.is_file() and path.read_bytes() for path in Path().iterdir()}
-    assert run(f"{SHORT} --out {out}") == 2
-    error_line(capsys)
-    assert {path: path.is_file() and path.read_bytes() for path in Path().iterdir()} == before
-
-
-@pytest.mark.parametrize("line, says", [
-    ("--init a.pt --out a.pt", "--overwrite"),
-    ("--steps 9 --out a.pt --resume", "--init"),
-    ("--arch dit --init a.pt --out b.pt", "arch"),
-    ("--predict u --init a.pt --out b.pt", "predict"),
-    ("--latent a.pt --out b.pt", "autoencoder"),
-    ("--data none.npz", "none.npz"),
-    ("--lr 0", "--lr"),
-    ("--eta 2", "--eta"),
-    ("--steps 1.5", "--steps"),
-])
-def test_input_that_cannot_be_used_is_one_line_that_says_what_to_do(run, unet, capsys, line, says):
-    Path("a.pt").write_bytes(Path(unet).read_bytes())
-    assert run(f"{SHORT} --predict z {line}") == 2
-    assert says in error_line(capsys)
-    assert Path("a.pt").read_bytes() == Path(unet).read_bytes()
-
-
 @pytest.mark.parametrize("step, options, says", [
     (4, "", ""), (4, "--lr 0.1", "lr (0.002, here 0.1)"), (4, "--lr 0.1 --overwrite", ""),
-    (2, "", "--resume or --overwrite"), (2, "--overwrite", ""),
-    (4, "--lr 0.1 --overwrite --resume", "lr (0.002, here 0.1)")])
+    (2, "", "--resume or --overwrite"), (2, "--overwrite", "")])
 def test_only_a_finished_run_of_the_same_configuration_is_replaced_unasked(run, unet, capsys, step,
                                                                            options, says):
     """Others by --overwrite; a line says which one is replaced, or what to do."""
@@ -293,15 +235,12 @@ def test_a_mistake_in_a_network_is_its_own_and_shows_before_the_first_step(grey,
     assert not Path("a.pt").exists()
 
 
-def test_weights_that_are_not_finite_are_never_saved(run, capsys, monkeypatch):
+def test_weights_that_are_not_finite_are_never_saved(run, unet, capsys, monkeypatch):
     """A learning rate that blows up is one line, soon, and the good file of before stays."""
     monkeypatch.setattr(training.Progress, "is_due", lambda self: True)
-    line = "train.py --arch dit --batch 8 --overwrite"
-    assert run(f"{line} --steps 2 --out a.pt") == 0
-    good = Path("a.pt").read_bytes()
-    capsys.readouterr()
-    assert run(f"{line} --steps 200 --lr 1000 --out a.pt") == 2
+    Path("a.pt").write_bytes(unet.read_bytes())
+    assert run("train.py --arch dit --batch 8 --steps 200 --lr 1000 --overwrite --out a.pt") == 2
     said = error_line(capsys)
     assert "lower --lr" in said
     assert "step 200" not in said
-    assert Path("a.pt").read_bytes() == good
+    assert Path("a.pt").read_bytes() == unet.read_bytes()
