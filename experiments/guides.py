@@ -80,8 +80,7 @@ def main(argv=None):
     net = load_generator(options.ckpt)
     weak = None if options.weak is None else load_generator(options.weak)
     y = torch.arange(options.n) % 10
-    measures = Measures()
-    measures.split(y)                           # raises BadInput, before the work
+    measures = Measures(asked=[y])
     print(f"{options.n} digits in {options.steps} steps of Euler's method")
     for w in options.w:
         for name, rule, second in rows_of(net, weak, 1 / options.steps):

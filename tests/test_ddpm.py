@@ -1,4 +1,4 @@
-"""The DDPM lecture, checked in numbers: its chain, ELBO and L_simple, sampling, guided sampling in two ways.
+"""The DDPM lecture, checked in numbers: its chain, ELBO and L_simple, sampling, guided sampling.
 
 Its letters: x_k for k = 0 ... T is x at t = 1 - k/T, x_0 the data. a_k = 1 - beta_k (its alpha_t),
 abar_k their product: alpha = sqrt(abar), beta = sqrt(1 - abar). gamma is our w.
