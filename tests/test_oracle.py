@@ -109,8 +109,18 @@ def test_resampling_keeps_each_sample_as_often_as_its_weight_says():
 
 
 @pytest.mark.parametrize("w, steps", [(0.0, 100), (1.0, 100), (3.0, 100), (8.0, 400)])
-def test_the_repaired_sde_samples_the_tilted_distribution(w, steps):
-    """Sequential Monte Carlo reaches p(.|y)^w p^(1-w), which the guided SDE misses at w > 1."""
+def test_the_repaired_sde_samples_the_tilted_distribution(w, steps, monkeypatch):
+    """Sequential Monte Carlo reaches p(.|y)^w p^(1-w), which the guided SDE misses at w > 1.
+
+    It resamples as soon as the effective sample size is below half, and at the end.
+    """
+    sizes = []
+
+    def note(x, log_weight):
+        sizes.append(1 / (log_weight.softmax(dim=0)**2).mean() / len(x)**2)
+        return resample(x, log_weight)
+
+    monkeypatch.setattr(oracle, "resample", note)
     noise = torch.randn(4000, 1).double()
     y = labels(1, noise)
     net = partial(TWO.u, CondOT())
@@ -119,7 +129,7 @@ def test_the_repaired_sde_samples_the_tilted_distribution(w, steps):
     assert abs(x.mean() - mean) < 0.04
     assert abs(x.std() - std) < 0.03
     if w > 1:
-        assert len(x.unique()) < 4000           # the last step resamples, so all weights are equal
+        assert 0.4 < min(sizes[:-1]) < max(sizes[:-1]) < 0.5 < sizes[-1]
         guided = partial(guided_field, net, y=y, w=w)
         sde = euler_maruyama(guided, noise, steps, CondOT(), lambda t: (8 * (1 - t))**0.5)
         assert sde.mean() > mean + 0.06
