@@ -1,9 +1,10 @@
 """Kinds of faults: what is written and what is read, too much of anything, the terminal."""
+import io
 import os
 import resource
 import subprocess
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -88,6 +89,16 @@ def test_a_full_disk_at_the_first_save_leaves_nothing(run, monkeypatch, capsys):
     assert run(f"{TRAIN} --out a.pt") == 2
     assert "No space left" in error_line(capsys)
     assert not [*Path().iterdir()]
+
+
+def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path):
+    old, new, mine = (tmp_path / name for name in (".a.1.tmp", ".a.2.tmp", "b.tmp"))
+    for path in (old, new, mine):
+        path.touch()
+    os.utime(old, (0, 0))
+    os.utime(mine, (0, 0))
+    command.write_whole(tmp_path / "a", b"x")
+    assert sorted(tmp_path.iterdir()) == [new, tmp_path / "a", mine]
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_a_link_stays_a_link(tmp_path):
@@ -239,3 +250,14 @@ def test_out_of_memory_is_one_line_and_a_mistake_of_ours_a_traceback(capsys, err
     assert "out of memory" in error_line(capsys)
     with pytest.raises(RuntimeError):
         command.execute(partial(main, RuntimeError("a bug")))
+
+
+def test_progress_minds_no_clock_that_stands_still_and_no_other_stdout(monkeypatch):
+    """No division by 0, and no control codes in a file, though stdout began as a terminal."""
+    monkeypatch.setattr(command.time, "monotonic", lambda: 7.0)
+    monkeypatch.setattr(os, "isatty", lambda number: True)
+    with redirect_stdout(io.StringIO()) as out:
+        progress = command.Progress(10)
+        progress.show(5)
+    assert "step 5/10" in out.getvalue()
+    assert "\r" not in out.getvalue()
