@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from cfg_min import euler
 from conftest import error_line, run_line, signal_in
 from support import checkpoint, command, mnist, picture
 
@@ -24,6 +25,24 @@ def test_a_loaded_network_can_be_copied_and_pickled(unet):
     y = torch.tensor([1, 2])
     for other in (copy.deepcopy(net), pickle.loads(pickle.dumps(net))):
         assert torch.equal(other(x, 0.4, y), net(x, 0.4, y))
+
+
+@torch.no_grad()
+def test_the_last_of_200_steps_of_a_loaded_network_ends_at_its_z(unet):
+    """The loss bounds 1 / (1 - t) from t = 0.98 on; sampling must not, or noise is left."""
+    net, _ = checkpoint.load(unet)
+    x = torch.randn(2, 1, 32, 32)
+    y = torch.tensor([1, 2])
+    end = euler(lambda x, t: net(x, t, y), x, 1, t0=0.995)
+    assert (end - net.net(x, 0.995, y)).abs().max() < 1e-3
+
+
+def test_a_network_of_eps_starts_from_x(run):
+    """net(x, t, y) = x + what its layers give, which is 0 before training; in its file too."""
+    assert run("train.py --arch unet --predict eps --steps 1 --batch 2 --lr 1e-9 --out a.pt") == 0
+    net, _ = checkpoint.load("a.pt")
+    x = torch.randn(2, 1, 32, 32)
+    assert (net.net(x, 0.5, torch.tensor([1, 2])) - x).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name, load", [("unet", checkpoint.read), ("few", mnist.load)])
