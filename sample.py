@@ -16,9 +16,8 @@ from support.checkpoint import autocast, find_by_name, pick_device
 from support.command import Parser, Progress, execute, file_name, number
 from support.mnist import to_bytes
 from support.picture import panel
-from support.sampling import (Noise, arrange, check_out, choose_labels,
-                              find_classifier, label, load_model, report,
-                              say_what_is_untrained, write)
+from support.sampling import (Noise, arrange, check_out, choose_labels, find_classifier, label,
+                              load_model, report, say_what_is_untrained, write)
 
 CHUNK = 100     # samples computed at once
 OTHER_SAMPLERS = {                              # beyond the notes' Euler and Euler-Maruyama

@@ -1,7 +1,7 @@
 """Lecture 4, checked in numbers: from the path to what guidance samples, as in docs/notes.md.
 
 Each section is one step of the derivation. Most tests are equations, whose two sides are computed
-on exact fields: oracle.py knows p_t(x|y), its score, u_t(x|y), E[z|x, y] and
+on exact fields: chapters/oracle.py knows p_t(x|y), its score, u_t(x|y), E[z|x, y] and
 p_t(y|x) of a mixture of Gaussians in closed form (tests/test_oracle.py checks them against autograd
 and quadrature). So nothing here depends on a network or on training. All other tests are in tests/.
 """
@@ -12,14 +12,13 @@ import torch
 from torch.autograd.functional import jacobian
 from torch.distributions import Normal
 
-from cfg_min import (NULL, cfg_cfm_loss, drop_labels, euler, euler_maruyama,
-                     euler_maruyama_step, guide, guided_field)
+from cfg_min import (NULL, cfg_cfm_loss, drop_labels, euler, euler_maruyama, euler_maruyama_step,
+                     guide, guided_field)
 from chapters.classifier import classifier_gradient, classifier_guided_field
 from chapters.ddpm import cfg_dsm_loss
 from chapters.oracle import TWO, Mixture, tilted, tilted_moments
-from conftest import (ALL_PATHS, GAUSS, MANY, MIX, TIMES, Recorder, call_loss,
-                      check_draws, close, distance, divergence, double,
-                      gradient, labels, line, moments_of, tiny)
+from conftest import (ALL_PATHS, GAUSS, MANY, MIX, TIMES, Recorder, call_loss, check_draws, close,
+                      distance, divergence, double, gradient, labels, line, moments_of, tiny)
 from paths import PATHS, CondOT, DataField, EpsField
 
 SCALES = pytest.mark.parametrize("w", [-1.0, 0.0, 1.0, 3.0, 8.0])

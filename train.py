@@ -14,9 +14,8 @@ from support import checkpoint, mnist
 from support.checkpoint import GENERATORS, NETWORKS, PREDICTIONS, autocast
 from support.command import Parser, execute, file_name, number
 from support.mnist import draw_batch
-from support.training import (Training, add_options, describe, load_latents,
-                              prepare_out, rise_and_fall, share_gradients,
-                              share_of_batch)
+from support.training import (Training, add_options, describe, load_latents, prepare_out,
+                              rise_and_fall, share_gradients, share_of_batch)
 
 
 def fit(options, config, images, labels, compute_loss, autoencoder=None):

@@ -11,9 +11,8 @@ import math
 import torch
 import torch.nn.functional as F
 
-from cfg_min import (NULL, apply, draw_times, drop_labels, require,
-                     require_finite, require_label_each, require_same_shape,
-                     times, value_at)
+from cfg_min import (NULL, apply, draw_times, drop_labels, require, require_finite,
+                     require_label_each, require_same_shape, times, value_at)
 
 
 def cfg_dsm_loss(net, path, z, y, eta=0.1, t=None, null=NULL):

@@ -22,8 +22,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from cfg_min import (NULL, euler, euler_maruyama, euler_maruyama_step, guide,
-                     guided_field, require, require_finite, times, value_at)
+from cfg_min import (NULL, euler, euler_maruyama, euler_maruyama_step, guide, guided_field, require,
+                     require_finite, times, value_at)
 from chapters.samplers import gibbs, predictor_corrector
 from paths import CondOT
 from support.command import Parser, execute

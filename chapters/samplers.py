@@ -6,8 +6,7 @@ import math
 
 import torch
 
-from cfg_min import (euler, require, require_finite, require_same_shape, times,
-                     value_at)
+from cfg_min import euler, require, require_finite, require_same_shape, times, value_at
 
 
 def heun(field, x, steps, t0=0.0):

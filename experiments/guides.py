@@ -11,8 +11,8 @@ from functools import partial
 import torch
 
 from cfg_min import NULL, euler
-from chapters.rules import (apg, autoguidance, cfg, cfg_plus_plus,
-                            cfg_zero_star, interval, lam_of, rescale, rising)
+from chapters.rules import (apg, autoguidance, cfg, cfg_plus_plus, cfg_zero_star, interval, lam_of,
+                            rescale, rising)
 from experiments.measures import Measures, show, show_head
 from sample import CHUNK
 from support import checkpoint, mnist

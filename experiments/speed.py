@@ -15,8 +15,7 @@ from cfg_min import NULL, cfg_cfm_loss
 from dit import DiT
 from paths import CondOT
 from support import checkpoint
-from support.checkpoint import (LATENT_SHAPE, NETWORKS, PIXELS_SHAPE, autocast,
-                                pick_device)
+from support.checkpoint import LATENT_SHAPE, NETWORKS, PIXELS_SHAPE, autocast, pick_device
 from support.command import Parser, execute
 from support.mnist import draw_batch, to_bytes
 from support.sampling import Noise

@@ -16,8 +16,8 @@ import torch.distributed as dist
 
 from support import checkpoint, mnist
 from support.checkpoint import NETWORKS
-from support.command import (BadInput, Interrupt, Progress, file_name, number,
-                             processes, say, try_place, write_whole)
+from support.command import (BadInput, Interrupt, Progress, file_name, number, processes, say,
+                             try_place, write_whole)
 
 HEADER = "step,loss\n"         # of the log
 

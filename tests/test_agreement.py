@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from test_ddpm import Chain
 
 from cfg_min import euler, guided_field
 from chapters import rules
@@ -13,7 +14,6 @@ from chapters.ddpm import ddim
 from chapters.oracle import TRIANGLE
 from conftest import MANY, close, line
 from paths import CondOT
-from test_ddpm import Chain
 
 FIELD = partial(guided_field, partial(TRIANGLE.u, CondOT()), y=MANY, w=3.0)
 

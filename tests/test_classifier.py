@@ -6,12 +6,10 @@ import torch
 from torch.distributions import Normal
 
 from cfg_min import NULL
-from chapters.classifier import (NoisyClassifier, classifier_gradient,
-                                 classifier_loss, likelihood_weight,
-                                 measure_label_errors)
+from chapters.classifier import (NoisyClassifier, classifier_gradient, classifier_loss,
+                                 likelihood_weight, measure_label_errors)
 from chapters.oracle import TWO
-from conftest import (ALL_PATHS, call_loss, check_draws, close, distance,
-                      double, gradient, randomize)
+from conftest import ALL_PATHS, call_loss, check_draws, close, distance, double, gradient, randomize
 from paths import CondOT, Cosine
 
 

@@ -14,8 +14,8 @@ from cfg_min import NULL
 from chapters.classifier import classifier_gradient, classifier_guided_field
 from chapters.ddpm import cfg_dsm_loss, ddim
 from chapters.oracle import TWO
-from conftest import (ALL_PATHS, GAUSS, MANY, MIX, call_loss, check_draws,
-                      close, distance, double, gradient, labels, line, tiny)
+from conftest import (ALL_PATHS, GAUSS, MANY, MIX, call_loss, check_draws, close, distance, double,
+                      gradient, labels, line, tiny)
 from paths import DDPM, CondOT, GaussianPath
 
 T = 1000

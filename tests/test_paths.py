@@ -9,15 +9,12 @@ import pytest
 import torch
 from torch.func import jvp, vjp, vmap
 
-from cfg_min import (cfg_cfm_loss, drop_labels, euler, euler_maruyama, guide,
-                     guided_field)
-from chapters.classifier import (NoisyClassifier, classifier_guided_field,
-                                 measure_label_errors)
+from cfg_min import cfg_cfm_loss, drop_labels, euler, euler_maruyama, guide, guided_field
+from chapters.classifier import NoisyClassifier, classifier_guided_field, measure_label_errors
 from chapters.ddpm import cfg_dsm_loss, ddim
 from chapters.oracle import TWO, Mixture, repaired_sde, tilted_moments
 from chapters.samplers import langevin
-from conftest import (ALL_PATHS, MANY, MIX, Recorder, close, double, randomize,
-                      tiny)
+from conftest import ALL_PATHS, MANY, MIX, Recorder, close, double, randomize, tiny
 from paths import DDPM, CondOT, DataField, EpsField, GaussianPath
 from unet import UNet
 

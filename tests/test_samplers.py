@@ -8,8 +8,7 @@ from cfg_min import euler, euler_maruyama, guided_field, times
 from chapters.ddpm import ddim
 from chapters.oracle import TWO, Mixture, tilted_moments
 from chapters.samplers import gibbs, heun, langevin, predictor_corrector
-from conftest import (ALL_PATHS, GAUSS, close, distance, double, labels,
-                      moments_of)
+from conftest import ALL_PATHS, GAUSS, close, distance, double, labels, moments_of
 from paths import PATHS, CondOT
 
 SAMPLERS = {
