@@ -1,4 +1,4 @@
-"""The tables of docs/guidance.md: `python -m experiments.guidance PART ...`.
+"""The tables of docs/guidance.md and docs/exercises.md: `python -m experiments.guidance PART ...`.
 
 scales:   what w does by Algorithm 8, and in an interval of t: a table and figures/curves.svg
 price:    guidance by Algorithm 8 and without its price, w = 3, three seeds; w = 1.5 and 8, one
