@@ -185,18 +185,16 @@ def repaired_sde(net, x, y, w, steps, path=PATH, sigma=wide_noise, until=1.0):
     weights. After t = until no weight is added. Samples are those of one label.
     Skreta et al. 2025, arXiv 2503.02819.
     """
-    def field(x, t):
-        return guided_field(net, x, t, y, w)
-
     log_weight = torch.zeros(len(x)).to(x)
     for t, s in times(steps):
+        cond = guided_field(net, x, t, y, 1)
+        uncond = guided_field(net, x, t, y, 0)
         if t < until:
-            cond = net(x, t, y)
-            uncond = net(x, t, torch.full_like(y, NULL))
             scores = path.u_to_score(cond, x, t) - path.u_to_score(uncond, x, t)
             rate = w * (w - 1) * ((cond - uncond) * scores).flatten(1).sum(dim=1)
             log_weight = log_weight + (s - t) * rate
-        x = euler_maruyama_step(field, x, t, s, path, sigma)
+        u = guide(cond, uncond, w)
+        x = euler_maruyama_step(lambda x, t: u, x, t, s, path, sigma)
         weight = log_weight.softmax(dim=0)
         effective = 1 / (weight**2).sum()
         if effective < len(x) / 2 or s == 1:

@@ -212,9 +212,7 @@ def resampling(measures, n, steps=100, until=0.8):
                 x = [repaired_sde(net, torch.randn(64, 1, 32, 32), group, w, steps, until=last,
                                   sigma=lambda t: math.sqrt(2 * (1 - t))) for group in y.split(64)]
             images = mnist.to_bytes(torch.cat(x))
-            row = measures(images, y)
-            row["distinct"] = len(images.flatten(1).unique(dim=0)) / 10
-            show(f"w = {w:g}  {name}", row)
+            show(f"w = {w:g}  {name}", measures(images, y))
 
 
 class PointNet(nn.Module):

@@ -6,7 +6,6 @@ price:      twenty of each label at w = 3, from the same noise: Algorithm 8, the
 away:       fours and sevens of w = 3 and, from the same noise, away from 9 and from 1
 trajectory: x_t, the end that it implies, and where the label makes a difference, over t
 moving:     noise becomes digits, w = 1 and w = 3
-line:       where guidance carries the quantiles of the noise, exactly (chapters/oracle.py)
 plane:      guided samples of three classes in the plane, exactly (chapters/oracle.py)
 arrows:     u_t(x|null), u_t(x|y) and the guided field at one point of the plane, exactly
 aim:        where the guided field aims over t, and where samples are, exactly
@@ -112,27 +111,6 @@ def moving(steps=24):
 
 # ---------------------------------------------------------------- the oracle
 
-def line(scales=(1, 3, 8), steps=50, n=15):
-    """Paths of the noise's quantiles in the guided ODE; dots: the tilted distribution's."""
-    share = (torch.arange(n) + 0.5) / n
-    points = torch.linspace(-4, 8, 4001)[:, None]
-    y = torch.ones(n, dtype=torch.int64)
-    net = partial(TWO.u, oracle.PATH)
-    panels = []
-    for w in scales:
-        x = torch.special.ndtri(share)[:, None]             # quantiles of N(0, 1)
-        lines = [x[:, 0]]
-        for t, s in times(steps):
-            x = x + (s - t) * guided_field(net, x, t, y, w)
-            lines.append(x[:, 0])
-        ts = [k / steps for k in range(steps + 1)]
-        marks = [plots.line(ts, xs.tolist()) for xs in torch.stack(lines, dim=1)]
-        ends = torch.searchsorted(oracle.tilted(TWO, 1, w, points).cumsum(0), share.double())
-        marks.append(plots.dots([1.04] * n, points[ends, 0].tolist()))
-        panels.append(plots.axes(marks, (0, 1.08), (-3, 4), f"w = {w}", "t", "x"))
-    write("oracle_line.svg", plots.svg(panels).encode())
-
-
 def plane(w=3, n=400, steps=200):
     """Guided samples of the top class of TRIANGLE, and draws of the tilted distribution."""
     torch.manual_seed(0)
@@ -217,8 +195,7 @@ def loss(bin=50):
 
 
 PARTS = {"grid": grid, "strip": strip, "away": away, "trajectory": trajectory, "moving": moving,
-         "line": line, "plane": plane, "loss": loss,
-         "price": price, "arrows": arrows, "aim": aim}
+         "plane": plane, "loss": loss, "price": price, "arrows": arrows, "aim": aim}
 
 
 def main(argv=None):

@@ -173,13 +173,6 @@ def test_the_evaluator_is_trained_once_and_anew_where_it_is_damaged(evaluate, ca
         measures.EVALUATOR.write_bytes(raw[:2000] + b"x" + raw[2001:])
 
 
-def test_c2st_is_a_half_of_what_is_alike_and_all_of_what_is_not():
-    """50 % of noise beside noise, learnt by heart or not; 100 % of black beside white."""
-    noise = torch.randint(0, 256, (2, 40, 1, 32, 32), dtype=torch.uint8)
-    assert measures.classify_two_samples(*noise, steps=20) < 75
-    assert measures.classify_two_samples(0 * noise[0], 0 * noise[0] + 255, steps=10) == 100
-
-
 def test_the_table_of_measures_and_that_of_guides_have_their_rows(evaluate, unet, capsys,
                                                                   monkeypatch):
     """A file of sample.py; at w = 1 most rules are no guidance, so their numbers are one row's."""
