@@ -11,7 +11,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cfg_min import require, require_label_each
 from unet import FEATURES, waves, zero
 
 
@@ -79,9 +78,12 @@ class Block(nn.Module):
 
 
 class DiT(nn.Module):
-    """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0..9 or NULL."""
+    """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0 ... classes.
 
-    def __init__(self, size=32, in_channels=1, patch=4, width=128, depth=5, heads=2):
+    The label `classes` is NULL.
+    """
+
+    def __init__(self, size=32, in_channels=1, patch=4, width=128, depth=5, heads=2, classes=10):
         super().__init__()
         self.size = size
         self.patch = patch
@@ -91,14 +93,13 @@ class DiT(nn.Module):
         # fixed, so not saved
         self.register_buffer("positions", positions(size // patch, width), persistent=False)
         self.time = nn.Sequential(nn.Linear(FEATURES, width), nn.SiLU(), nn.Linear(width, width))
-        self.label = nn.Embedding(10 + 1, width)            # one more for NULL
+        self.label = nn.Embedding(classes + 1, width)       # one more for NULL
         self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
         self.modulation = zero(nn.Linear(width, 2 * width))
 
     def forward(self, x, t, y):
-        require_label_each(y, x)
-        require(x.shape[2:] == (self.size, self.size),
-                f"x of shape {tuple(x.shape)}: expected {self.size} x {self.size} places")
+        if x.shape[2:] != (self.size, self.size):
+            raise ValueError(f"x of shape {tuple(x.shape)}: H and W must be {self.size}")
         e = F.silu(self.time(waves(t, x)) + self.label(y))         # (B, D)
         h = self.embed(patchify(x, self.patch))             # (B, N, D)
         h = h + self.positions.to(h.dtype)

@@ -1,9 +1,9 @@
 """Lecture 4, checked in numbers: from the path to what guidance samples, as in docs/notes.md.
 
-Each section is one step of the derivation. Most tests are equations, whose two sides are computed
-on exact fields: chapters/oracle.py knows p_t(x|y), its score, u_t(x|y), E[z|x, y] and
-p_t(y|x) of a mixture of Gaussians in closed form (tests/test_oracle.py checks them against autograd
-and quadrature). So nothing here depends on a network or on training. All other tests are in tests/.
+Each section is one step of the derivation, and most tests are one equation, whose two sides are
+computed on exact fields: `Mixture` (chapters/oracle.py) knows p_t(x|y), its score, u_t(x|y),
+E[z|x, y] and p_t(y|x) of a mixture of Gaussians in closed form. So nothing here depends on a
+network or on training. All other tests are in tests/.
 """
 from functools import partial
 
@@ -12,16 +12,62 @@ import torch
 from torch.autograd.functional import jacobian
 from torch.distributions import Normal
 
-from cfg_min import (NULL, cfg_cfm_loss, drop_labels, euler, euler_maruyama, euler_maruyama_step,
-                     guide, guided_field)
+from cfg_min import NULL, cfg_cfm_loss, drop_labels, euler, euler_maruyama_step, guide, guided_field
 from chapters.classifier import classifier_gradient, classifier_guided_field
-from chapters.ddpm import cfg_dsm_loss
-from chapters.oracle import TWO, Mixture, tilted, tilted_moments
-from conftest import (ALL_PATHS, GAUSS, MANY, MIX, TIMES, Recorder, call_loss, check_draws, close,
-                      distance, divergence, double, gradient, labels, line, moments_of, tiny)
-from paths import PATHS, CondOT, DataField, EpsField
+from chapters.oracle import TWO, Mixture, tilted_moments
+from paths import PATHS, CondOT
 
+MIX = Mixture(                                  # four Gaussians of three classes, in the plane
+    mu=[[-1.5, 0.5], [1.0, 1.2], [0.3, -1.4], [1.8, -0.2]],
+    std=[0.3, 0.6, 0.4, 0.2],
+    weight=[0.3, 0.3, 0.25, 0.15],
+    label=[0, 0, 1, 2])
+GAUSS = Mixture(mu=[[0.7]], std=[0.4], weight=[1.0], label=[0])     # one, on a line
+MANY = torch.tensor([0, 1, 2, 1, 0, 2])         # a label for each of the points x
+TIMES = 0.1, 0.45, 0.8, 0.97
+ALL_PATHS = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS.keys())
 SCALES = pytest.mark.parametrize("w", [-1.0, 0.0, 1.0, 3.0, 8.0])
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Each test draws the same random numbers, whatever ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def x():
+    """Six points of the plane, (6, 2)."""
+    return torch.randn(6, 2).double()
+
+
+def double(value):
+    return torch.as_tensor(value, dtype=torch.float64)
+
+
+def labels(y, x):
+    """The label y, or NULL, for every row of x."""
+    return torch.full((len(x),), y)
+
+
+def close(a, b, tol=1e-8):
+    """Fail where a and b differ by more than tol + tol |b|."""
+    torch.testing.assert_close(double(a), double(b), rtol=tol, atol=tol)
+
+
+def distance(a, b):
+    """The largest difference."""
+    return (double(a) - double(b)).abs().max().item()
+
+
+def gradient(f, x):
+    """grad f at each row of x, for f: (B, ...) -> (B,); by autograd."""
+    return jacobian(lambda v: f(v).sum(), x)
+
+
+def divergence(f, x):
+    """div f at each row of x, for f: (B, D) -> (B, D); by autograd."""
+    return torch.einsum("bibi->b", jacobian(f, x))
 
 
 def net_of(path, mixture=MIX):
@@ -42,7 +88,7 @@ def classifier_of(path):
 @pytest.mark.parametrize("name, tol_alpha, tol_beta", [
     ("condot", 1e-7, 1e-7), ("cosine", 1e-7, 1e-7), ("ddpm", 0.007, 1e-4)])
 def test_a_path_leads_from_noise_to_data(name, tol_alpha, tol_beta):
-    """alpha_1 = beta_0 = 1, alpha_0 = beta_1 = 0; DDPM's nearly. Lecture 4 prints omega_0."""
+    """alpha_1 = beta_0 = 1, alpha_0 = beta_1 = 0; DDPM's nearly."""
     ends = double([0.0, 1.0])
     close(PATHS[name].alpha(ends), ends, tol_alpha)
     close(PATHS[name].beta(ends), 1 - ends, tol_beta)
@@ -50,13 +96,12 @@ def test_a_path_leads_from_noise_to_data(name, tol_alpha, tol_beta):
 
 @ALL_PATHS
 def test_a_point_of_the_path_is_gaussian_with_mean_alpha_z_and_std_beta(path, x):
-    """x = alpha z + beta eps, so p_t(x|z) = N(x; alpha z, beta^2 I). The slides print beta^-2."""
+    """x = alpha z + beta eps, so p_t(x|z) = N(x; alpha z, beta^2 I)."""
     for t in TIMES:
-        at_t = double(t)
         mean = path.sample(x, torch.zeros_like(x), t)
-        unit = path.sample(x, torch.ones_like(x), t) - mean
-        close(mean, path.alpha(at_t) * x)
-        close(unit, path.beta(at_t).expand_as(x))
+        std = path.sample(x, torch.ones_like(x), t) - mean
+        close(mean, path.alpha(double(t)) * x)
+        close(std, path.beta(double(t)).expand_as(x))
 
 
 # ---------------------------------------------------------------- 2. its slopes
@@ -66,7 +111,7 @@ def test_a_point_of_the_path_is_gaussian_with_mean_alpha_z_and_std_beta(path, x)
 @ALL_PATHS
 def test_slopes_are_the_derivatives(path):
     """alpha' = d alpha/dt, beta' = d beta/dt."""
-    t = line(0.001, 0.999, 50)
+    t = torch.linspace(0.001, 0.999, 50).double()
     close(path.d_alpha(t), gradient(path.alpha, t))
     close(path.d_beta(t), gradient(path.beta, t))
 
@@ -99,8 +144,8 @@ def test_u_gives_z_eps_and_score_of_one_pair_and_they_give_u(path, x):
     for t in TIMES:
         x_t = path.sample(z, eps, t)
         u = path.target(z, eps, t)
-        alpha, beta, _, _ = path.at(t, z)
-        score = gradient(Normal(alpha * z, beta.expand_as(z)).log_prob, x_t)
+        p = Normal(path.alpha(double(t)) * z, path.beta(double(t)))
+        score = gradient(p.log_prob, x_t)
         close(path.u_to_score(u, x_t, t), score)
         close(path.score_to_u(score, x_t, t), u)
         close(path.eps_to_u(eps, x_t, t), u)
@@ -121,53 +166,17 @@ def test_the_marginal_field_gives_the_means_of_z_and_eps_and_the_marginal_score(
 
 @ALL_PATHS
 def test_FACT_of_the_lecture_and_its_misprint(path, x):
-    """u = a x + b score, b = (alpha' beta^2 - beta' beta alpha)/alpha; Lecture 4 drops a beta."""
+    """u = a x + b score, b = (alpha' beta^2 - beta' beta alpha)/alpha; the slides drop a beta."""
     for t in TIMES:
         u = MIX.u(path, x, t, MANY)
         score = MIX.score(path, x, t, MANY)
-        alpha, beta, d_alpha, d_beta = path.at(t, x)
+        alpha, beta, d_alpha, d_beta = (f(double(t)) for f in (
+            path.alpha, path.beta, path.d_alpha, path.d_beta))
         b = (d_alpha * beta**2 - d_beta * beta * alpha) / alpha
-        close(path.a_b(t, x)[1], b)
+        close(path.a_b(t, x)[1], b.expand(6, 1))
         close(d_alpha / alpha * x + b * score, u)
-        close(path.score_to_u(score, x, t), u)
     printed_b = (d_alpha * beta**2 - d_beta * alpha) / alpha
     assert distance(d_alpha / alpha * x + printed_b * score, u) > 1e-2
-
-
-@ALL_PATHS
-def test_a_network_that_predicts_z_is_the_field_of_that_z(path, x):
-    """u = (D z + beta' x) / beta, from last_t on with the alpha and beta of last_t."""
-    def net(x, t, y):
-        return MIX.data_and_eps(path, x, t, y)[0]
-
-    for t in TIMES:
-        close(DataField(net, path, 0.98)(x, t, MANY), MIX.u(path, x, t, MANY), 1e-6)
-    early = DataField(lambda x, t, y: x.sin(), path, last_t=0.9)
-    close(early(x, 0.95, MANY), early(x, 0.9, MANY))
-
-
-def test_the_last_step_of_euler_ends_at_the_networks_z(x):
-    """x + (1 - t) (z - x) / (1 - t) = z, on CondOT; but not where last_t < t: noise is left."""
-    def end(t, last_t):
-        field = partial(DataField(lambda x, t, y: x.sin(), CondOT(), last_t), y=MANY)
-        return euler(field, x, 1, t0=t)
-
-    close(end(0.96, 0.98), x.sin())
-    close(end(0.995, 0.9999), x.sin())
-    assert distance(end(0.995, 0.98), x.sin()) > 0.1
-
-
-@ALL_PATHS
-def test_a_network_that_predicts_eps_is_the_field_of_the_clamped_z(path, x):
-    """z = (x - beta eps) / alpha, clamped to [-bound, bound], gives u."""
-    def net(x, t, y):
-        return MIX.data_and_eps(path, x, t, y)[1]
-
-    for t in TIMES:
-        z, _ = MIX.data_and_eps(path, x, t, MANY)
-        close(EpsField(net, path, bound=9.0)(x, t, MANY), MIX.u(path, x, t, MANY), 1e-6)
-        u = EpsField(net, path, bound=0.4)(x, t, MANY)
-        close(path.u_to_data(u, x, t), z.clamp(-0.4, 0.4), 1e-6)
 
 
 # ---------------------------------------------------------------- 4. Fokker-Planck
@@ -189,10 +198,7 @@ def fokker_planck_error(path, x, t, sigma, drift):
 @ALL_PATHS
 @pytest.mark.parametrize("sigma", [0.0, 0.5, 2.0])
 def test_an_sde_keeps_to_p_t_if_its_drift_is_u_plus_half_sigma_squared_score(path, sigma, x):
-    """d/dt p = -div(p v) + sigma^2/2 laplace p, v = u + sigma^2/2 score; sigma = 0 is the ODE.
-
-    The handwritten notes print the drift u alone, which fails for each sigma > 0.
-    """
+    """d/dt p = -div(p v) + sigma^2/2 laplace p, v = u + sigma^2/2 score; sigma = 0 is the ODE."""
     for t in TIMES:
         def u(v):
             return MIX.u(path, v, t, labels(1, v))
@@ -201,46 +207,34 @@ def test_an_sde_keeps_to_p_t_if_its_drift_is_u_plus_half_sigma_squared_score(pat
             return u(v) + sigma**2 / 2 * MIX.score(path, v, t, labels(1, v))
 
         close(fokker_planck_error(path, x, t, sigma, drift), torch.zeros(6), 1e-7)
-        if sigma > 0:
+        if sigma > 0:                           # the handwritten notes print u alone
             assert fokker_planck_error(path, x, t, sigma, u).abs().max() > 1e-2
 
 
 # ---------------------------------------------------------------- 5. CFM and FM: one gradient
 #
-# How it is learned: u_t(x) is unknown, but u_t(x|z) is known, and the losses with either target
-# have the same gradient.
+# How it is learned: u_t(x) is unknown, but u_t(x|z) is known. As u_t(x) is its mean, the loss with
+# either target has the same gradient (tests/test_losses.py), so the loss is least at u_t(x).
 
 @ALL_PATHS
-@pytest.mark.parametrize("kind", ["u", "eps"])
-def test_conditional_and_marginal_losses_have_one_gradient(path, kind, monkeypatch):
-    """grad E || m - u_t(x|z) ||^2 = grad E || m - u_t(x) ||^2 for a model m; in eps this is DSM.
+def test_the_conditional_loss_is_least_at_the_marginal_field(path):
+    """d/dtheta E || u_t(x) + theta f(x) - u_t(x|z) ||^2 = 0 at theta = 0, whatever f is.
 
-    Left: our losses, each pair of z and eps once. z has 3 values; eps has -sqrt(3), 0, 0, 0, 0,
-    sqrt(3), whose moments up to the fifth are N(0, 1)'s, all that these gradients ask for.
-    Right: an integral over x, the score in it by autograd of log p_t(x).
+    The loss is not 0 there, but the variance of its target: for data N(mu, s^2),
+    D^2 s^2 / (alpha^2 s^2 + beta^2).
     """
-    z = double([-1.2] * 5 + [0.3] * 2 + [1.1] * 3)
-    pairs = torch.cartesian_prod(z, double([-3**0.5, 0, 0, 0, 0, 3**0.5]))
-    monkeypatch.setattr(torch, "randn_like", lambda z: pairs[:, 1:])
-    theta = double([0.3, -0.7, 0.2]).requires_grad_()
-    t = double(0.4)
+    z = GAUSS.draw(100000)
+    theta = torch.zeros(3).double().requires_grad_()
 
     def model(x, t, y):
-        return theta[0] + theta[1] * x + theta[2] * x**2
+        return GAUSS.u(path, x, t, y) + theta[0] + theta[1] * x + theta[2] * x.sin()
 
-    loss = {"u": cfg_cfm_loss, "eps": cfg_dsm_loss}[kind]
-    conditional = loss(model, path, pairs[:, :1], torch.zeros(60).long(), t=t)
-
-    def log_p(x):                               # of p_t(x), the mean of all p_t(x|z)
-        return Normal(path.alpha(t) * z, path.beta(t)).log_prob(x).exp().mean(dim=1).log()
-
-    x = line(-9, 9, 2001)[:, None]
-    score = gradient(log_p, x)
-    target = {"u": path.score_to_u(score, x, t), "eps": -path.beta(t) * score}[kind]
-    p = log_p(x).softmax(dim=0)[:, None]
-    marginal = (p * (model(x, t, None) - target)**2).sum()
-    assert conditional > marginal + 1e-2        # by the variance of the target, given x
-    close(torch.autograd.grad(conditional, theta)[0], torch.autograd.grad(marginal, theta)[0], 1e-7)
+    t = double(0.6)
+    loss = cfg_cfm_loss(model, path, z, labels(0, z), eta=0.0, t=t)
+    var = path.D(t)**2 * 0.4**2 / (path.alpha(t)**2 * 0.4**2 + path.beta(t)**2)
+    close(loss, var, 0.02)
+    slopes, = torch.autograd.grad(loss, theta)
+    assert slopes.abs().max() < 0.02
 
 
 # ---------------------------------------------------------------- 6. Bayes' rule
@@ -249,16 +243,13 @@ def test_conditional_and_marginal_losses_have_one_gradient(path, kind, monkeypat
 
 @ALL_PATHS
 def test_bayes_rule_for_scores(path, x):
-    """grad log p_t(x|y) = grad log p_t(x) + grad log p_t(y|x), as grad log p_t(y) = 0.
-
-    So the classifier is log p_t(y|x); the Markdown notes call log p_t(x|y) so.
-    """
+    """grad log p_t(x|y) = grad log p_t(x) + grad log p_t(y|x), as grad log p_t(y) = 0."""
     for t in TIMES:
         score = MIX.score(path, x, t, labels(NULL, x))
         score_y = MIX.score(path, x, t, MANY)
         grad = classifier_gradient(classifier_of(path), x, t, MANY)
         close(score_y, score + grad, 1e-7)
-        assert distance(score_y, grad) > 1e-2
+        assert distance(score_y, grad) > 1e-2   # the Markdown notes call log p_t(x|y) a classifier
 
 
 # ---------------------------------------------------------------- 7. classifier guidance
@@ -267,16 +258,14 @@ def test_bayes_rule_for_scores(path, x):
 
 @ALL_PATHS
 def test_a_label_adds_b_times_the_classifiers_gradient_to_the_field(path, x):
-    """u_t(x|y) = u_t(x) + b_t grad log p_t(y|x). The handwritten notes leave b_t out once."""
+    """u_t(x|y) = u_t(x) + b_t grad log p_t(y|x)."""
     for t in TIMES:
         u = MIX.u(path, x, t, labels(NULL, x))
         u_y = MIX.u(path, x, t, MANY)
         grad = classifier_gradient(classifier_of(path), x, t, MANY)
         _, b = path.a_b(t, x)
         close(u + b * grad, u_y, 1e-7)
-        close(classifier_guided_field(net_of(path), classifier_of(path), path, x, t, MANY, 1.0),
-              u_y, 1e-7)
-    assert distance(u + grad, u_y) > 1e-2
+    assert distance(u + grad, u_y) > 1e-2       # the handwritten notes leave b_t out once
 
 
 @ALL_PATHS
@@ -321,18 +310,6 @@ def test_two_networks_guide_as_one_with_a_null_label_does(path, x):
         close(guided_field(net_of(path), x, t, MANY, 3.0), two)
 
 
-@ALL_PATHS
-def test_guidance_away_from_a_label_adds_the_gradients_of_two_classifiers(path, x):
-    """With y' as null: u_t(x|y) + (w - 1) b_t (grad log p_t(y|x) - grad log p_t(y'|x))."""
-    y, other, w = labels(1, x), labels(2, x), 3.0
-    for t in TIMES:
-        towards = classifier_gradient(classifier_of(path), x, t, y)
-        away = classifier_gradient(classifier_of(path), x, t, other)
-        _, b = path.a_b(t, x)
-        close(guided_field(net_of(path), x, t, y, w, null=2),
-              MIX.u(path, x, t, y) + (w - 1) * b * (towards - away), 1e-7)
-
-
 # ---------------------------------------------------------------- 9. one rule in u, score, eps, z
 #
 # The weights 1 - w and w add to 1, so the rule is the same for all kinds of prediction. In scores
@@ -355,50 +332,58 @@ def test_guidance_is_one_rule_in_u_score_eps_and_z(path, w, x):
 
 @ALL_PATHS
 @SCALES
-def test_guided_noise_is_corrected_by_the_classifier(path, w, x):
-    """eps^ = eps - w beta_t grad log p_t(y|x) = (1 - w) eps(x|null) + w eps(x|y); DDPM lecture."""
-    for t in TIMES:
-        _, eps = MIX.data_and_eps(path, x, t, labels(NULL, x))
-        _, eps_y = MIX.data_and_eps(path, x, t, MANY)
-        grad = classifier_gradient(classifier_of(path), x, t, MANY)
-        corrected = eps - w * path.beta(double(t)) * grad
-        close(guide(eps_y, eps, w), corrected, 1e-6)
-        u = classifier_guided_field(net_of(path), classifier_of(path), path, x, t, MANY, w)
-        close(path.u_to_eps(u, x, t), corrected, 1e-6)
-
-
-@ALL_PATHS
-@SCALES
 def test_the_guided_score_is_that_of_the_tilted_distribution(path, w, x):
-    """score_w = grad log [p_t(y|x)^w p_t(x) / Z] = grad log [p_t(x|y)^w p_t(x)^(1-w)].
-
-    Z is a constant. The DDPM lecture asks to check that grad log Z is not 0.
-    """
+    """score_w = grad log [p_t(y|x)^w p_t(x) / Z] = grad log [p_t(x|y)^w p_t(x)^(1-w)]."""
     for t in TIMES:
         def log_tilted(v):
             log_p_y = classifier_of(path)(v, t).gather(1, MANY[:, None])[:, 0]
-            return w * log_p_y + MIX.log_p(path, v, t, labels(NULL, v))
+            return w * log_p_y + MIX.log_p(path, v, t, labels(NULL, v))     # Z is a constant
 
         guided = guided_field(net_of(path), x, t, MANY, w)
         close(path.u_to_score(guided, x, t), gradient(log_tilted, x), 1e-6)
 
 
-@ALL_PATHS
-@pytest.mark.parametrize("w", [-1.0, 3.0])
-def test_the_normaliser_with_a_gradient_is_that_of_the_tilted_classifier(path, w, x):
-    """Z(x) = sum_y p_t(y|x)^w has a gradient, except at w = 0 and 1; DDPM lecture, exercise."""
-    for t in TIMES:
-        def log_z(v, w):
-            log_p = classifier_of(path)(v, t)[:, :3]        # the labels that occur
-            return (w * log_p).logsumexp(dim=1)
-
-        assert gradient(partial(log_z, w=w), x).abs().max() > 1e-3
-        close(gradient(partial(log_z, w=1.0), x), torch.zeros(6, 2))
-
-
 # ---------------------------------------------------------------- 10. the loss
 #
 # One network learns u_t(x|y) and u_t(x|null): now and then, the label is dropped.
+
+class Recorder:
+    """A network that remembers its calls."""
+
+    def __init__(self, net):
+        self.net = net
+        self.calls = []
+
+    def __call__(self, *inputs):
+        self.calls.append(inputs)
+        return self.net(*inputs)
+
+
+def tiny(x, t, y):
+    """A one-line network for images (B, C, H, W)."""
+    return 0.3 * x + 0.2 * t.view(-1, 1, 1, 1) + y.view(-1, 1, 1, 1).double().sin()
+
+
+def call_loss(loss, net, path, **options):
+    """The loss on 4000 images; their z and y; and the x, t (and labels) that net gets."""
+    z = torch.randn(4000, 1, 2, 2).double()
+    y = torch.arange(4000) % 10
+    net = Recorder(net)
+    value = loss(net, path, z, y, **options)
+    (inputs,) = net.calls
+    return value, z, y, *inputs
+
+
+def check_draws(path, z, x, t):
+    """t ~ U[0, 1) and x = alpha z + beta eps, eps ~ N(0, I), by their quantiles. Returns eps."""
+    at_t = t.double().view(-1, 1, 1, 1)
+    eps = (x - path.alpha(at_t) * z) / path.beta(at_t)
+    for part in (eps, eps[t < 0.2]):
+        q = Normal(0, 1).cdf(part.flatten().sort().values)
+        assert distance(q, torch.linspace(0, 1, len(q))) < 0.03
+    assert distance(t.sort().values, torch.linspace(0, 1, len(t))) < 0.03
+    return eps
+
 
 @pytest.mark.parametrize("null", [NULL, 4])
 def test_labels_are_dropped_one_by_one_with_probability_eta(null):
@@ -423,29 +408,16 @@ def test_the_loss_is_that_of_conditional_flow_matching_with_dropped_labels(path,
     dropped = y_seen == options.get("null", NULL)
     assert abs(dropped.double().mean() - eta) < 0.02
     assert torch.equal(y_seen[~dropped], y[~dropped])
-    _, _, d_alpha, d_beta = path.at(t, z)
-    close(loss, ((tiny(x, t, y_seen) - d_alpha * z - d_beta * eps)**2).mean(), 1e-6)
-
-
-@ALL_PATHS
-def test_the_loss_of_the_exact_field_is_the_variance_of_its_target(path):
-    """E || u_t(x) - u_t(x|z) ||^2 = D^2 s^2 / (alpha^2 s^2 + beta^2) for data N(mu, s^2): not 0."""
-    z = GAUSS.draw(100000)
-    alpha, beta, d_alpha, d_beta = path.at(0.6, z[:1])
-    D = d_alpha * beta - alpha * d_beta
-    loss = cfg_cfm_loss(net_of(path, GAUSS), path, z, labels(0, z), t=double(0.6))
-    close(loss, (D**2 * 0.4**2 / (alpha**2 * 0.4**2 + beta**2)).squeeze(), 0.02)
+    at_t = t.view(-1, 1, 1, 1)
+    target = path.d_alpha(at_t) * z + path.d_beta(at_t) * eps
+    close(loss, ((tiny(x, t, y_seen) - target)**2).mean(), 1e-4)
 
 
 # ---------------------------------------------------------------- 11. Algorithm 8
 #
 # Sampling: start from noise, follow the guided field. Each step calls the network once, on 2B.
 
-TIME_KINDS = pytest.mark.parametrize(
-    "t", [0.3, torch.tensor(0.3), torch.tensor([0.1, 0.2, 0.5, 0.9])], ids=["float", "0-d", "(B,)"])
-
-
-@TIME_KINDS
+@pytest.mark.parametrize("t", [0.3, torch.tensor([0.1, 0.2, 0.5, 0.9])], ids=["number", "(B,)"])
 @pytest.mark.parametrize("w", [-1.0, 3.0, torch.tensor([0.0, 1.0, 3.0, 8.0])])
 @pytest.mark.parametrize("null", [NULL, 4])
 def test_the_guided_field_is_one_call_on_2B(w, t, null):
@@ -464,18 +436,17 @@ def test_the_guided_field_is_one_call_on_2B(w, t, null):
         close(out[i:i + 1], (1 - w_i) * uncond + w_i * cond, 1e-6)
 
 
-@TIME_KINDS
-@pytest.mark.parametrize("w", [0, 0.0, 1, 1.0])
-def test_the_guided_field_at_w_0_and_1_is_one_call_on_B(w, t):
+@pytest.mark.parametrize("w", [0, 1.0])
+def test_the_guided_field_at_w_0_and_1_is_one_call_on_B(w):
     """w = 0 is net(x, t, null), w = 1 is net(x, t, y), to the bit."""
     x = torch.randn(4, 4, 4, 4)
     given = torch.tensor([0, 3, 4, 9])
     y = given if w == 1 else labels(NULL, x)
     net = Recorder(tiny)
-    out = guided_field(net, x, t, given, w)
+    out = guided_field(net, x, 0.3, given, w)
     (x_seen, _, _), = net.calls
     assert len(x_seen) == 4
-    assert torch.equal(out, tiny(x, torch.as_tensor(t).expand(4), y))
+    assert torch.equal(out, tiny(x, torch.full((4,), 0.3), y))
 
 
 def test_algorithm_8_step_by_step(x):
@@ -526,47 +497,6 @@ def test_a_step_of_euler_maruyama(path, sigma, sigma_t, x):
     close(step, x + h * drift + h**0.5 * sigma_t * xi)
 
 
-@ALL_PATHS
-def test_euler_maruyama_adds_no_more_noise_than_the_path_has_left(path, x):
-    """h sigma_t^2 <= beta_s^2, whatever sigma is asked for."""
-    def step(xi):
-        field = partial(net_of(path), y=MANY)
-        return euler_maruyama_step(field, x, 0.5, 0.6, path, 100.0, lambda _: xi)
-
-    close(step(torch.ones_like(x)) - step(torch.zeros_like(x)), path.beta(double(0.6)).expand(6, 2))
-
-
-def end_of_sde(path, sigma, steps):
-    """Mean and standard deviation of X_1 for data N(0.7, 0.4^2), exactly."""
-    def sampler(x, randn):
-        field = partial(net_of(path, GAUSS), y=labels(0, x))
-        return euler_maruyama(field, x, steps, path, sigma, randn=randn)
-
-    return double(moments_of(sampler, steps + 1))
-
-
-@ALL_PATHS
-@pytest.mark.parametrize("sigma", [None, 0.5, 2.0])
-def test_the_sde_samples_the_data(path, sigma):
-    """X_1 ~ p_data. 2 X(h/2) - X(h) cancels the error of order h."""
-    mean, std = 2 * end_of_sde(path, sigma, 200) - end_of_sde(path, sigma, 100)
-    assert abs(mean / 0.7 - 1) < 0.005
-    assert abs(std / 0.4 - 1) < 0.01
-
-
-def test_an_sde_without_the_score_term_ends_wider_than_the_data():
-    """dX = u dt + sigma dW, as the handwritten notes print it: at sigma = 1 std .62, not .4."""
-    def sampler(x, randn):
-        for k in range(200):
-            x = x + GAUSS.u(CondOT(), x, k / 200, labels(0, x)) / 200 + randn() / 200**0.5
-        return x
-
-    _, std = moments_of(sampler, 201)
-    _, ours = end_of_sde(CondOT(), 1.0, 200)
-    assert abs(ours - 0.4) < 0.01
-    assert std > 0.6
-
-
 # ---------------------------------------------------------------- 13. what w does
 #
 # At w = 0 and 1 samples follow the data. At any other w they do not follow the tilted distribution,
@@ -577,15 +507,12 @@ def test_guidance_at_w_3_goes_beyond_the_tilted_distribution_and_any_mixture():
 
     A mixture of p(.|y) and p has its mean in [0, 1]; the Markdown notes say that X_1 follows one.
     """
-    for w in (0, 1):                            # no guidance: all three are one distribution
+    x, _ = guided_quantiles(3)
+    close([x.mean(), x.std()], [1.52, 0.31], 0.013)
+    close(tilted_moments(TWO, 1, 3), [1.05, 0.46], 0.005)
+    for w in (0, 1):                            # without guidance the two are one distribution
         x, _ = guided_quantiles(w)
         close([x.mean(), x.std()], tilted_moments(TWO, 1, w), 0.01)
-    x, _ = guided_quantiles(3)
-    mean, std = tilted_moments(TWO, 1, 3)
-    assert abs(x.mean() - 1.52) < 0.02
-    assert abs(x.std() - 0.31) < 0.01
-    assert abs(mean - 1.05) < 0.01
-    assert abs(std - 0.46) < 0.01
 
 
 def test_the_guided_field_aims_w_times_as_far_as_the_class_while_x_is_noise():
@@ -595,16 +522,6 @@ def test_the_guided_field_aims_w_times_as_far_as_the_class_while_x_is_noise():
     """
     aims = [tilted_moments(TWO, 1, 3, t)[0] / t for t in (0.01, 0.3, 0.5, 1.0)]
     close(aims, [3.00, 2.31, 1.54, 1.05], 0.005)
-
-
-def test_guidance_below_1_gathers_samples_between_the_classes():
-    """For 0 < w < 1 the factor w (w - 1) is negative: more of X_1 in |x| < .4 than tilted."""
-    z = line(-6, 6, 24001)
-    for w, guided, right in ((0.0, 0.114, 0.113), (0.5, 0.217, 0.138), (1.0, 0.112, 0.112)):
-        x, _ = guided_quantiles(w, steps=400)
-        p = tilted(TWO, 1, w, z[:, None])
-        assert abs((x.abs() < 0.4).double().mean() - guided) < 0.006
-        assert abs(p[z.abs() < 0.4].sum() - right) < 0.002
 
 
 def test_more_w_trades_diversity_for_clarity():
@@ -617,62 +534,3 @@ def test_more_w_trades_diversity_for_clarity():
     assert spread == sorted(spread, reverse=True)
     assert doubt == sorted(doubt, reverse=True)
     assert doubt[-1] < doubt[0] / 10
-
-
-def test_guidance_repairs_labels_of_which_three_in_ten_are_wrong():
-    """The exact field of such labels gives 70 % right at w = 1, nearly all at w = 3."""
-    noisy = Mixture(mu=[[1.0], [-1.0], [-1.0], [1.0]], std=[0.3] * 4,
-                    weight=[0.35, 0.15, 0.35, 0.15], label=[1, 1, 0, 0])
-    right = {}
-    for w in (1, 3):
-        x, _ = guided_quantiles(w, mixture=noisy)
-        right[w] = (x > 0).double().mean()
-    assert abs(right[1] - 0.7) < 0.01
-    assert right[3] > 0.9
-
-
-@ALL_PATHS
-@pytest.mark.parametrize("sigma", [0.3, 2.5])
-def test_the_guided_sde_is_the_conditional_ode_with_langevin_steps(path, sigma, x):
-    """u_w + sigma^2/2 s_w = u(x|y) + sigma^2/2 s_w', w' = w + 2 (w - 1) b_t / sigma^2.
-
-    So its X_1 depends on sigma. At sigma^2 = 2 b_t, w' = 2 w - 1.
-    """
-    w = 3.0
-    for t in TIMES:
-        score = MIX.score(path, x, t, labels(NULL, x))
-        score_y = MIX.score(path, x, t, MANY)
-        _, b = path.a_b(t, x)
-        other_w = w + 2 * (w - 1) * b / sigma**2
-        sde = guided_field(net_of(path), x, t, MANY, w) + sigma**2 / 2 * guide(score_y, score, w)
-        langevin = MIX.u(path, x, t, MANY) + sigma**2 / 2 * guide(score_y, score, other_w[:, 0])
-        close(sde, langevin)
-
-
-@ALL_PATHS
-@pytest.mark.parametrize("w", [0.5, 3.0])
-def test_what_the_guided_ode_leaves_out_is_where_the_scores_disagree(path, w, x):
-    """d log(p(.|y)^w p^(1-w) / density) = b_t w (w - 1) |s(x|y) - s(x)|^2 dt along the ODE.
-
-    The density of the samples falls by div u_w dt. The integrals are midpoint sums.
-    """
-    null = labels(NULL, x)
-    guided = partial(guided_field, net_of(path), y=MANY, w=w)
-
-    def log_tilted(x, t):
-        return guide(MIX.log_p(path, x, t, MANY), MIX.log_p(path, x, t, null), w)
-
-    start, h, steps = 0.1, 0.012, 50
-    gained = -log_tilted(x, start)
-    left_out = torch.zeros(6).double()
-    for k in range(steps):
-        t = start + (k + 0.5) * h
-        middle = x + h / 2 * guided(x, t - h / 2)
-        difference = MIX.score(path, middle, t, MANY) - MIX.score(path, middle, t, null)
-        _, b = path.a_b(t, x)
-        left_out += h * w * (w - 1) * (b * difference**2).sum(dim=1)
-        gained += h * divergence(partial(guided, t=t), middle)
-        x = x + h * guided(middle, t)
-    gained += log_tilted(x, start + steps * h)
-    assert left_out.abs().max() > 0.1
-    close(gained, left_out, 2e-3)

@@ -25,7 +25,7 @@ def fit(options, config, images, labels, compute_loss, autoencoder=None):
     run.finish().
     """
     torch.manual_seed(options.seed)
-    field = checkpoint.build(config, last_t=0.98)           # paths.py says why
+    field = checkpoint.build(config, last_t=0.98)           # chapters/predictions.py says why
     checkpoint.use_once(field, config)          # a mistake in a network shows now
     field.train().to(images.device)
     optimizer = torch.optim.AdamW(field.parameters(), options.lr)

@@ -14,17 +14,16 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cfg_min import require, require_label_each
-from paths import one_per_sample
+from paths import per_sample
 
 FEATURES = 128          # of t
 
 
 def waves(t, x):
     """t (B,) or a number, in [0, 1] -> (B, FEATURES) of x's type: cosines and sines of t."""
-    t = one_per_sample(t, x)
+    t = per_sample(t, x).view(-1, 1)            # (B, 1)
     logs = torch.linspace(0, math.log(1000), FEATURES // 2, dtype=t.dtype, device=t.device)
-    angles = t[:, None] * logs.exp()            # (B, FEATURES/2), frequencies from 1 to 1000
+    angles = t * logs.exp()                     # (B, FEATURES/2), frequencies from 1 to 1000
     return torch.cat([angles.cos(), angles.sin()], dim=1).to(x.dtype)
 
 
@@ -92,23 +91,30 @@ class Decoder(nn.Module):
 
 
 class UNet(nn.Module):
-    """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0..9 or NULL = 10.
+    """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0 ... classes.
 
-    H and W are multiples of 8 by default; shapes below are of H = W = 32. layers: of each stage.
-    Stages, channels, skips and residual layers are those of Lab Three. The lab differs in this: it
-    has batch norms, learned frequencies, t and y embedded anew for every layer, bilinear
-    upsampling, and a first convolution of stride 1. Stride 2, after which the last convolution
-    writes 2 x 2 pixels for each place, makes the network three times as fast (docs/results.md).
-    add_x: return x plus what the layers give. It is for eps, which is nearly x while t is small: to
-    copy x through the layers takes long to learn.
+    The label `classes` is NULL. layers: of each stage. H and W are multiples of 8 by default;
+    shapes below are of H = W = 32. Stages, channels and residual layers are those of Lab Three. The
+    lab, as public copies have it, differs in this:
+
+    - The first convolution has stride 1. Stride 2, after which the last convolution writes 2 x 2
+      pixels for each place, makes ours three times as fast (docs/results.md).
+    - A skip is taken after the encoder has halved the image, and added before the decoder doubles
+      it. Here it is taken before and added after, so it keeps the finer image.
+    - t and y are embedded anew for every layer, and both are added. Here one vector e, of both,
+      scales and shifts.
+    - Its norms are batch norms, its frequencies of t are learned, its upsampling is bilinear.
+
+    add_x: return x plus what the layers give, for a network that predicts eps, because eps is
+    nearly x while t is small, and layers take long to learn to copy x.
     """
 
     def __init__(self, channels=(32, 64, 128), layers=2, in_channels=1, stride=2, E=128,
-                 add_x=False):
+                 add_x=False, classes=10):
         super().__init__()
         self.add_x = add_x
         self.time = nn.Sequential(nn.Linear(FEATURES, E), nn.SiLU(), nn.Linear(E, E))
-        self.label = nn.Embedding(10 + 1, E)    # one more for NULL
+        self.label = nn.Embedding(classes + 1, E)       # one more for NULL
         self.first = nn.Conv2d(in_channels, channels[0], kernel_size=2 * stride + 1,
                                stride=stride, padding=stride)
         down = list(pairwise(channels))         # (32, 64), (64, 128)
@@ -122,10 +128,10 @@ class UNet(nn.Module):
             nn.PixelShuffle(stride))            # channels become places: H/2 -> H
 
     def forward(self, x, t, y):
-        require_label_each(y, x)
-        require(x.shape[2] % self.multiple == x.shape[3] % self.multiple == 0,
-                f"x of shape {tuple(x.shape)}: expected (B, C, H, W), with H and W multiples of "
-                f"{self.multiple}; pad the images")
+        H, W = x.shape[2:]
+        if H % self.multiple or W % self.multiple:
+            raise ValueError(f"x of shape {tuple(x.shape)}: H and W must be multiples of "
+                             f"{self.multiple}; pad the images")
         e = F.silu(self.time(waves(t, x)) + self.label(y))         # (B, E)
         h = self.first(x)                       # (B, 32, 16, 16)
         skips = []

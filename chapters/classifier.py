@@ -14,24 +14,25 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from cfg_min import NULL, apply, check_inputs, guided_field, require_label_each, scale_each
+from cfg_min import NULL, call, guided_field
+from paths import like, per_sample
 from unet import FEATURES, Encoder, ResidualStack, waves
 
 
 class NoisyClassifier(nn.Module):
-    """classifier(x, t) -> logits (B, 10): the U-Net's encoders, the mean over all places, a layer.
+    """classifier(x, t) -> logits (B, classes): the U-Net's encoders, the mean over all places, a layer.
 
     x (B, C, H, W), t (B,) or a number; shapes below are of H = W = 32.
     """
 
-    def __init__(self, channels=(32, 64, 64), layers=1, in_channels=1, E=128):
+    def __init__(self, channels=(32, 64, 64), layers=1, in_channels=1, E=128, classes=10):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(FEATURES, E), nn.SiLU(), nn.Linear(E, E))
         self.first = nn.Conv2d(in_channels, channels[0], kernel_size=5, stride=2, padding=2)
         self.encoders = nn.ModuleList(Encoder(c, d, layers, E) for c, d in pairwise(channels))
         self.midcoder = ResidualStack(channels[-1], layers, E)
         self.norm = nn.GroupNorm(8, channels[-1])
-        self.last = nn.Linear(channels[-1], 10)
+        self.last = nn.Linear(channels[-1], classes)
 
     def forward(self, x, t):
         e = F.silu(self.time(waves(t, x)))             # (B, E)
@@ -48,7 +49,6 @@ def classifier_loss(classifier, path, z, y):
 
     DDPM lecture, "Classifier guidance": a classifier for noised samples.
     """
-    require_label_each(y, z)
     t = torch.rand(len(z), device=z.device)
     x = path.sample(z, torch.randn_like(z), t)
     return F.cross_entropy(classifier(x, t), y)
@@ -57,7 +57,7 @@ def classifier_loss(classifier, path, z, y):
 @torch.inference_mode(False)                    # in it torch.func.grad gives 0, up to torch 2.11
 def classifier_gradient(classifier, x, t, y, null=NULL):
     """grad log p_t(y|x), like x; 0 where y is null. classifier(x, t) -> logits (B, classes)."""
-    t = check_inputs(x, t, y, null)
+    t = per_sample(t, x).flatten()              # (B,)
     labelled = y != null
     index = torch.where(labelled, y, 0)[:, None]            # (B, 1)
 
@@ -75,7 +75,8 @@ def classifier_guided_field(net, classifier, path, x, t, y, w, null=NULL):
     """
     u = guided_field(net, x, t, y, 0, null)     # u_t(x|null)
     _, b = path.a_b(t, x)
-    return u + scale_each(w, x) * b * classifier_gradient(classifier, x, t, y, null)
+    gradient = classifier_gradient(classifier, x, t, y, null)
+    return like(x, u + per_sample(w, x) * b * gradient)
 
 
 def measure_label_errors(net, path, z, t, eps, labels=10):
@@ -88,7 +89,7 @@ def measure_label_errors(net, path, z, t, eps, labels=10):
     target = path.target(z, eps, t)
     errors = []
     for label in range(labels):
-        u = apply(net, x, t, torch.full((len(z),), label, device=z.device))
+        u = call(net, x, t, torch.full((len(z),), label, device=z.device))
         errors.append((u - target).square().flatten(1).sum(dim=1))
     return torch.stack(errors, dim=1)
 

@@ -11,8 +11,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from cfg_min import (NULL, apply, draw_times, drop_labels, require, require_finite,
-                     require_label_each, require_same_shape, times, value_at)
+from cfg_min import NULL, call, draw_times, drop_labels, times, value_at
 
 
 def cfg_dsm_loss(net, path, z, y, eta=0.1, t=None, null=NULL):
@@ -22,12 +21,11 @@ def cfg_dsm_loss(net, path, z, y, eta=0.1, t=None, null=NULL):
     is beta_t times that of the score: this is L_DSM^CFG of Lecture 4, each t weighted by beta_t^2.
     DDPM lecture, "Training".
     """
-    require_label_each(y, z, null)
     y = drop_labels(y, eta, null)
     t = draw_times(z, t)
     eps = torch.randn_like(z)
     x = path.sample(z, eps, t)
-    return F.mse_loss(apply(net, x, t, y), eps)
+    return F.mse_loss(call(net, x, t, y), eps)
 
 
 def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_like):
@@ -42,7 +40,6 @@ def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_
     to the mean (nothing for noise = 0). DDPM lecture, the first "Guided sampling", which prints
     sigma for sigma^2.
     """
-    require(0 <= noise <= 1, f"noise = {noise} is not in [0, 1]")
     for t, s in times(steps, t0):
         alpha, alpha_s = value_at(path.alpha, t), value_at(path.alpha, s)
         beta, beta_s = value_at(path.beta, t), value_at(path.beta, s)
@@ -55,14 +52,10 @@ def ddim(field, x, steps, path, noise=0.0, push=None, t0=0.0, randn=torch.randn_
         sigma = noise * math.sqrt(max(variance, 0))         # rounding may leave less than 0
         x = alpha_s * z + math.sqrt(max(beta_s**2 - sigma**2, 0)) * eps
         if push is not None:
-            pushed = push(x, s)
-            require_same_shape(pushed, x)
-            x = x + sigma**2 * pushed
+            x = x + sigma**2 * push(x, s)
         if noise:
-            xi = randn(x)
-            require_same_shape(xi, x)
-            x = x + sigma * xi
-    return require_finite(x)
+            x = x + sigma * randn(x)
+    return x
 
 
 def ancestral(field, x, steps, path, push=None, t0=0.0, randn=torch.randn_like):

@@ -6,7 +6,8 @@ import math
 
 import torch
 
-from cfg_min import euler, require, require_finite, require_same_shape, times, value_at
+from cfg_min import euler, times, value_at
+from paths import require_same_shape
 
 
 def heun(field, x, steps, t0=0.0):
@@ -21,7 +22,7 @@ def heun(field, x, steps, t0=0.0):
             u_end = field(x + (s - t) * u, s)
             u = (u + u_end) / 2
         x = x + (s - t) * u
-    return require_finite(x)
+    return x
 
 
 def langevin(field, x, t, path, steps, randn=torch.randn_like):
@@ -30,13 +31,10 @@ def langevin(field, x, t, path, steps, randn=torch.randn_like):
     With many small steps x would follow the distribution that has this score. h = beta_t^2 / 10, so
     h score = (alpha_t E[z|x] - x) / 10: no step is large, though near t = 1 the score itself is.
     """
-    require(steps >= 0, f"steps = {steps} is negative")
     h = value_at(path.beta, t)**2 / 10
     for _ in range(steps):
         score = path.u_to_score(field(x, t), x, t)
-        xi = randn(x)
-        require_same_shape(xi, x)
-        x = x + h * score + math.sqrt(2 * h) * xi
+        x = x + h * score + math.sqrt(2 * h) * randn(x)
     return x
 
 
@@ -50,14 +48,13 @@ def predictor_corrector(field, x, steps, path, corrector, corrections=1, t0=0.0,
     bring x nearer to it, the nearer the more of them. For w >= 1: else field starts too far off.
     Bradley & Nakkiran 2024, arXiv 2408.09000; Song et al. 2021, arXiv 2011.13456.
     """
-    require(corrections >= 0, f"corrections = {corrections} is negative")
     for t, s in times(steps, t0):
         u = field(x, t)
         require_same_shape(u, x)
         x = x + (s - t) * u
         if s < 1:                               # at t = 1 the score is infinite
             x = langevin(corrector, x, s, path, corrections, randn)
-    return require_finite(x)
+    return x
 
 
 def gibbs(field, x, steps, path, corrector, middle=0.5, rounds=1, t0=0.0, randn=torch.randn_like):
@@ -69,8 +66,6 @@ def gibbs(field, x, steps, path, corrector, middle=0.5, rounds=1, t0=0.0, randn=
     takes two fifths, so more rounds than one take more than steps.
     Moufad et al. 2025, arXiv 2505.21101; like Gibbs sampling, it alternates noise and denoising.
     """
-    require(steps >= 2, f"steps = {steps}: at least two are needed, one to draw, one to denoise")
-    require(0 <= middle < 1, f"middle = {middle} is not in [0, 1)")
     again = round(0.4 * steps)
     x = euler(field, x, steps - again, t0)
     for _ in range(rounds):

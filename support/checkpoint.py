@@ -14,7 +14,7 @@ import zlib
 
 import torch
 
-from paths import PATHS, DataField, EpsField
+from paths import PATHS
 from support.command import BadInput, find, write_whole
 
 PIXELS_SHAPE = 1, 32, 32
@@ -34,7 +34,7 @@ PREDICTIONS = "u", "z", "eps"
 GENERATORS = [name for name in NETWORKS if name not in ("classifier", "vae")]
 KINDS = dict(arch=str, net=dict, latent=int, path=(str, type(None)), predict=(str, type(None)),
              steps=int, data=int, real_diversity=float)     # what a config has at least
-LAST_T = 0.9999         # of a field for sampling; paths.py, "networks that predict z or eps"
+LAST_T = 0.9999         # of a field for sampling; chapters/predictions.py says why
 
 
 def find_by_name(dotted):
@@ -50,14 +50,14 @@ def build(config, last_t=LAST_T):
     """
     net = find_by_name(NETWORKS[config["arch"]]["net"])(**config["net"])
     net.float()                                 # whatever torch.set_default_dtype says
-    predict = config["predict"]
-    if predict == "z":
-        return DataField(net, PATHS[config["path"]], last_t)
-    if predict == "eps":                        # pixels lie in [-1, 1], latents hardly beyond 4
-        return EpsField(net, PATHS[config["path"]], bound=4.0 if config["latent"] else 1.0)
-    if predict in ("u", None):                  # None: a classifier or an autoencoder
+    if config["predict"] in ("u", None):        # None: a classifier or an autoencoder
         return net
-    raise ValueError(f"predict = {predict}")
+    from chapters.predictions import DataField, EpsField
+    path = PATHS[config["path"]]
+    if config["predict"] == "z":
+        return DataField(net, path, last_t)
+    bound = 4.0 if config["latent"] else 1.0    # pixels lie in [-1, 1], latents hardly beyond 4
+    return EpsField(net, path, last_t, bound)
 
 
 @torch.no_grad()

@@ -7,12 +7,13 @@ from functools import partial
 import pytest
 import torch
 from test_ddpm import Chain
+from conftest import line
+from test_cfg import MANY, close
 
 from cfg_min import euler, guided_field
 from chapters import rules
 from chapters.ddpm import ddim
 from chapters.oracle import TRIANGLE
-from conftest import MANY, close, line
 from paths import CondOT
 
 FIELD = partial(guided_field, partial(TRIANGLE.u, CondOT()), y=MANY, w=3.0)

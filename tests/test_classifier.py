@@ -4,12 +4,14 @@ from functools import partial
 import pytest
 import torch
 from torch.distributions import Normal
+from conftest import randomize
+from test_cfg import (ALL_PATHS, MIX, TIMES, call_loss, check_draws, classifier_of, close, distance,
+                      double, gradient, labels, net_of)
 
-from cfg_min import NULL
+from cfg_min import NULL, guided_field
 from chapters.classifier import (NoisyClassifier, classifier_gradient, classifier_loss,
                                  likelihood_weight, measure_label_errors)
 from chapters.oracle import TWO
-from conftest import ALL_PATHS, call_loss, check_draws, close, distance, double, gradient, randomize
 from paths import CondOT, Cosine
 
 
@@ -68,3 +70,15 @@ def test_weighted_errors_of_the_field_give_bayes_rule(path, z):
     minus_log_p = (likelihood_weight(path, t)[:, None] * errors).mean(dim=0)
     log_p = Normal(double([-1.0, 1.0]), 0.5).log_prob(double(z))
     close(minus_log_p[0] - minus_log_p[1], log_p[1] - log_p[0], 0.01)
+
+
+@ALL_PATHS
+def test_guidance_away_from_a_label_adds_the_gradients_of_two_classifiers(path, x):
+    """With y' as null: u_t(x|y) + (w - 1) b_t (grad log p_t(y|x) - grad log p_t(y'|x))."""
+    y, other, w = labels(1, x), labels(2, x), 3.0
+    for t in TIMES:
+        towards = classifier_gradient(classifier_of(path), x, t, y)
+        away = classifier_gradient(classifier_of(path), x, t, other)
+        _, b = path.a_b(t, x)
+        close(guided_field(net_of(path), x, t, y, w, null=2),
+              MIX.u(path, x, t, y) + (w - 1) * b * (towards - away), 1e-7)

@@ -9,13 +9,14 @@ from functools import partial
 import pytest
 import torch
 from torch.distributions import Independent, Normal, kl_divergence
+from conftest import line
+from test_cfg import (ALL_PATHS, GAUSS, MANY, MIX, SCALES, TIMES, call_loss, check_draws,
+                      classifier_of, close, distance, double, gradient, labels, net_of, tiny)
 
-from cfg_min import NULL
+from cfg_min import NULL, guide
 from chapters.classifier import classifier_gradient, classifier_guided_field
 from chapters.ddpm import cfg_dsm_loss, ddim
 from chapters.oracle import TWO
-from conftest import (ALL_PATHS, GAUSS, MANY, MIX, call_loss, check_draws, close, distance, double,
-                      gradient, labels, line, tiny)
 from paths import DDPM, CondOT, GaussianPath
 
 T = 1000
@@ -167,8 +168,9 @@ def test_the_dsm_loss_is_the_squared_error_of_eps(path):
     assert torch.equal(y_seen[~dropped], y[~dropped])
     eps_theta = tiny(x, t, y_seen)
     close(loss, ((eps_theta - eps)**2).mean(), 1e-6)
-    alpha, beta, _, _ = path.at(t, z)
-    score = gradient(Normal(alpha * z, beta.expand_as(z)).log_prob, x)      # grad log p_t(x|z)
+    at_t = t.double().view(-1, 1, 1, 1)
+    beta = path.beta(at_t)
+    score = gradient(Normal(path.alpha(at_t) * z, beta).log_prob, x)        # grad log p_t(x|z)
     close((-eps_theta / beta - score)**2, (eps_theta - eps)**2 / beta**2, 1e-6)
     near, nearer = path.beta(double([1 - 1e-5, 1 - 1e-6]))**2
     close(near / nearer, 10 if isinstance(path, DDPM) else 100, 1e-3)       # the power of 1 - t
@@ -276,9 +278,9 @@ def test_a_label_depends_on_the_less_noisy_point_alone(k):
 
 def step_of_ddpm(mixture, x, h):
     """A step from t = 0.6 - h to s = 0.6: mu of any eps, the exact eps, beta_t and beta~."""
-    alpha, beta, _, _ = DDPM().at(0.6 - h, x)
-    alpha_s, beta_s, _, _ = DDPM().at(0.6, x)
-    a = alpha**2 / alpha_s**2
+    t, s = double(0.6 - h), double(0.6)
+    beta, beta_s = DDPM().beta(t), DDPM().beta(s)
+    a = DDPM().alpha(t)**2 / DDPM().alpha(s)**2
     _, eps = mixture.data_and_eps(DDPM(), x, 0.6 - h, labels(NULL, x))
 
     def mu(eps):
@@ -320,3 +322,30 @@ def test_the_two_guided_samplings_agree_only_as_the_step_vanishes(x):
     assert errors[0.1] > 0.03
     assert errors[0.01] < errors[0.1] / 3
     assert errors[0.001] < errors[0.01] / 3
+
+
+@ALL_PATHS
+@SCALES
+def test_guided_noise_is_corrected_by_the_classifier(path, w, x):
+    """eps^ = eps - w beta_t grad log p_t(y|x) = (1 - w) eps(x|null) + w eps(x|y); DDPM lecture."""
+    for t in TIMES:
+        _, eps = MIX.data_and_eps(path, x, t, labels(NULL, x))
+        _, eps_y = MIX.data_and_eps(path, x, t, MANY)
+        grad = classifier_gradient(classifier_of(path), x, t, MANY)
+        corrected = eps - w * path.beta(double(t)) * grad
+        close(guide(eps_y, eps, w), corrected, 1e-6)
+        u = classifier_guided_field(net_of(path), classifier_of(path), path, x, t, MANY, w)
+        close(path.u_to_eps(u, x, t), corrected, 1e-6)
+
+
+@ALL_PATHS
+@pytest.mark.parametrize("w", [-1.0, 3.0])
+def test_the_normaliser_with_a_gradient_is_that_of_the_tilted_classifier(path, w, x):
+    """Z(x) = sum_y p_t(y|x)^w has a gradient, except at w = 0 and 1; DDPM lecture, exercise."""
+    for t in TIMES:
+        def log_z(v, w):
+            log_p = classifier_of(path)(v, t)[:, :3]        # the labels that occur
+            return (w * log_p).logsumexp(dim=1)
+
+        assert gradient(partial(log_z, w=w), x).abs().max() > 1e-3
+        close(gradient(partial(log_z, w=1.0), x), torch.zeros(6, 2))

@@ -8,11 +8,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from conftest import save_first
+from test_cfg import close, labels
 
 from cfg_min import NULL, guided_field
 from chapters import rules
 from chapters.oracle import Mixture
-from conftest import close, labels, save_first
 from experiments import guides, measures, plots
 from paths import CondOT
 

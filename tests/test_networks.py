@@ -5,10 +5,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.distributions import Independent, Normal, kl_divergence
+from conftest import randomize
+from test_cfg import close, distance
 
 from cfg_min import NULL, cfg_cfm_loss
 from chapters.vae import VAE, kl_to_normal, vae_loss
-from conftest import close, distance, randomize
 from dit import Block, DiT, modulate, patchify, positions, unpatchify
 from paths import CondOT
 from support.checkpoint import NETWORKS

@@ -4,11 +4,12 @@ from functools import partial
 import pytest
 import torch
 from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
+from conftest import ks_distance, line
+from test_cfg import ALL_PATHS, MIX, close, distance, double, gradient, labels
 
 from cfg_min import NULL, euler_maruyama, guided_field
 from chapters import oracle
 from chapters.oracle import TWO, repaired_sde, resample, tilted_moments
-from conftest import ALL_PATHS, MIX, close, distance, double, gradient, ks_distance, labels, line
 from paths import CondOT
 
 LABELS = pytest.mark.parametrize("y", [NULL, 0, 2])

@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from torch.func import jvp, vjp, vmap
+from conftest import randomize
+from test_cfg import ALL_PATHS, MANY, MIX, Recorder, close, double, tiny
 
-from cfg_min import cfg_cfm_loss, drop_labels, euler, euler_maruyama, guide, guided_field
+from cfg_min import cfg_cfm_loss, drop_labels, euler, guide, guided_field
 from chapters.classifier import NoisyClassifier, classifier_guided_field, measure_label_errors
-from chapters.ddpm import cfg_dsm_loss, ddim
-from chapters.oracle import TWO, Mixture, repaired_sde, tilted_moments
-from chapters.samplers import langevin
-from conftest import ALL_PATHS, MANY, MIX, Recorder, close, double, randomize, tiny
-from paths import DDPM, CondOT, DataField, EpsField, GaussianPath
+from chapters.ddpm import cfg_dsm_loss
+from chapters.oracle import TWO, Mixture, tilted_moments
+from chapters.predictions import DataField, EpsField
+from paths import DDPM, CondOT, GaussianPath
 from unet import UNet
 
 PATH = CondOT()
@@ -29,7 +30,7 @@ def make_field(kind):
     net = randomize(UNet(**options)).double().eval()
     classifier = randomize(NoisyClassifier(**options)).double().eval()
     return {
-        "eps": EpsField(net, PATH, bound=3.0),
+        "eps": EpsField(net, PATH, 0.98, bound=3.0),
         "guided": partial(guided_field, DataField(net, PATH, 0.98), w=3.0),
         "guided by classifier": partial(classifier_guided_field, net, classifier, PATH, w=3.0),
     }[kind]
@@ -102,8 +103,11 @@ def test_integers_are_mixed_as_floats():
 @pytest.mark.parametrize("kind", [torch.float64, torch.float16])
 def test_fields_are_finite_where_a_solver_may_ask(path, t, kind, x):
     """u is finite at both ends, and just past them, of a z-network and of an eps-network."""
-    for make in (DataField, EpsField):          # the bound of t is chosen, or of eps
-        assert make(lambda x, t, y: 0.5 * x, path, 0.98)(x.to(kind), t, MANY).isfinite().all()
+    def net(x, t, y):
+        return 0.5 * x
+
+    for field in (DataField(net, path, 0.98), EpsField(net, path, 0.98, bound=1.0)):
+        assert field(x.to(kind), t, MANY).isfinite().all()
     assert DDPM().beta(double(1.000001)) == 0
 
 
@@ -125,10 +129,6 @@ def flat_net(x, t, y):
     return x[:, 0]
 
 
-def still(x, t):
-    return x
-
-
 IMAGES = torch.zeros(4, 1, 8, 8)
 FLAT = torch.zeros(4, 8, 8)
 REFUSED = {
@@ -137,7 +137,6 @@ REFUSED = {
     "guide": lambda: guide(IMAGES, FLAT, 3.0),
     "w (B - 1,)": lambda: guide(IMAGES, IMAGES, torch.ones(3)),
     "guided y (B, 1)": lambda: guided_field(tiny, IMAGES, 0.5, Y[:, None], 3.0),
-    "null 2.7": lambda: guided_field(tiny, IMAGES, 0.5, Y, 3.0, null=2.7),
     "net, w = 3": lambda: guided_field(flat_net, IMAGES, 0.5, Y, 3.0),
     "net as a classifier": lambda: measure_label_errors(flat_net, PATH, IMAGES, Y / 2, IMAGES),
     "net and loss": lambda: cfg_cfm_loss(flat_net, PATH, IMAGES, Y),
@@ -145,17 +144,8 @@ REFUSED = {
     "loss t 500": lambda: cfg_cfm_loss(tiny, PATH, IMAGES, Y, t=Y + 500.0),
     "loss t -1": lambda: cfg_dsm_loss(tiny, PATH, IMAGES, Y, t=Y - 1.0),
     "label above null": lambda: cfg_cfm_loss(tiny, PATH, IMAGES, Y + 5, null=4),
-    "eta > 1": lambda: drop_labels(Y, 1.5),
-    "U-Net y (1,)": lambda: UNet()(IMAGES, 0.5, Y[:1]),
+    "labels (B, 1)": lambda: drop_labels(Y[:, None], 0.1),
     "28 x 28": lambda: UNet()(torch.zeros(4, 1, 28, 28), 0.5, Y),
-    "push": lambda: ddim(still, MIX.mu, 3, PATH, 1.0, push=lambda x, s: x[:, :1]),
-    "noise of ddim": lambda: ddim(still, MIX.mu, 3, PATH, 1.0, randn=lambda x: x[:, :1]),
-    "noise > 1": lambda: ddim(still, MIX.mu, 3, PATH, noise=2.0),
-    "sigma -1": lambda: euler_maruyama(still, MIX.mu, 3, PATH, sigma=-1.0),
-    "t of langevin": lambda: langevin(still, MIX.mu, 500, PATH, 1),
-    "x of a mixture": lambda: TWO.u(PATH, MIX.mu, 0.5, Y),
-    "repaired SDE": lambda: repaired_sde(
-        lambda x, t, y: torch.where(x < -1, torch.inf, x), MIX.mu, Y, 3.0, 3),
     "tilt without an integral": lambda: tilted_moments(NARROW, 0, -2.0),
 }
 NARROW = Mixture(mu=[[0.0], [0.0]], std=[1.0, 3.0], weight=[0.5, 0.5], label=[0, 1])
@@ -175,16 +165,6 @@ class Smoothstep(GaussianPath):
     def beta(self, t): return 1 - self.alpha(t)
     def d_alpha(self, t): return 6 * t - 6 * t**2
     def d_beta(self, t): return -self.d_alpha(t)
-
-
-@pytest.mark.parametrize("convert, t", [
-    (PATH.u_to_score, 1), (PATH.data_to_u, 1), (PATH.eps_to_u, 0), (PATH.eps_to_data, 0),
-    (PATH.score_to_u, 0), (Smoothstep().u_to_data, 0), (Smoothstep().u_to_eps, 0)])
-def test_where_alpha_beta_or_D_is_0_a_number_t_is_refused(convert, t, x):
-    """A tensor t is not looked at, as vmap could not follow."""
-    with pytest.raises(ValueError, match="is 0 at t"):
-        convert(x, x, t)
-    convert(x, x, torch.tensor(t))
 
 
 @pytest.mark.parametrize("w", [np.float32(2), torch.tensor(2), torch.full((4,), 2.0)])

@@ -3,12 +3,13 @@ from functools import partial
 
 import pytest
 import torch
+from conftest import moments_of
+from test_cfg import ALL_PATHS, GAUSS, MANY, MIX, close, distance, double, labels, net_of
 
-from cfg_min import euler, euler_maruyama, guided_field, times
+from cfg_min import euler, euler_maruyama, euler_maruyama_step, guided_field, times
 from chapters.ddpm import ddim
 from chapters.oracle import TWO, Mixture, tilted_moments
 from chapters.samplers import gibbs, heun, langevin, predictor_corrector
-from conftest import ALL_PATHS, GAUSS, close, distance, double, labels, moments_of
 from paths import PATHS, CondOT
 
 SAMPLERS = {
@@ -23,32 +24,24 @@ ALL_SAMPLERS = pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLER
 
 
 @ALL_SAMPLERS
-def test_samplers_begin_at_t0_and_need_a_step(sampler, x):
-    """Equal steps from t0 to 1; t0 = 1 gives x back; steps <= 0 is refused."""
+def test_samplers_begin_at_t0_and_end_at_1(sampler, x):
+    """Equal steps from t0 to exactly 1."""
     seen = []
 
     def field(x, t):
         seen.append(t)
         return x
 
-    assert torch.equal(sampler(field, x, 5, t0=1.0), x)
-    assert not seen
     sampler(field, x, 5, t0=0.5)
     assert list(times(5, 0.5))[-1][1] == 1
     close(sorted(set(seen)), [0.5, 0.6, 0.7, 0.8, 0.9])
-    for steps, t0 in ((0, 0.0), (-3, 0.0), (5, 1.5)):
-        with pytest.raises(ValueError):
-            sampler(field, x, steps, t0=t0)
 
 
 @ALL_SAMPLERS
-@pytest.mark.parametrize("field, says", [
-    (lambda x, t: x[:, :1], "shape"), (lambda x, t: x / (t * torch.ones(6, 1)), "not finite")])
-def test_samplers_refuse_a_field_of_another_shape_and_samples_that_are_not_finite(
-        sampler, field, says, x):
-    """A field of (6, 1) for x of (6, 2), which would broadcast; one that is infinite at t = 0."""
-    with pytest.raises(ValueError, match=says):
-        sampler(field, x, 3)
+def test_samplers_refuse_a_field_of_another_shape(sampler, x):
+    """A field of (6, 1) for x of (6, 2), which torch would stretch."""
+    with pytest.raises(ValueError, match="shape"):
+        sampler(lambda x, t: x[:, :1], x, 3)
 
 
 def field_of_gauss(path):
@@ -69,6 +62,7 @@ def exact_end(sampler, path, steps, **options):
 
 @ALL_PATHS
 @pytest.mark.parametrize("sampler, options", [
+    (euler_maruyama, {}), (euler_maruyama, dict(sigma=0.5)), (euler_maruyama, dict(sigma=2.0)),
     (heun, {}), (ddim, dict(noise=0.0)), (ddim, dict(noise=0.5)), (ddim, dict(noise=1.0)),
     (predictor_corrector, {})])
 def test_samplers_end_in_the_distribution_of_the_data(sampler, options, path):
@@ -104,9 +98,9 @@ def test_ddim_on_condot_is_euler():
 def test_langevin_steps_keep_their_distribution_and_find_it(path, shift, steps):
     """x <- x + h score + sqrt(2 h) xi leaves p_t as it is, and leads there from beside it."""
     t = 0.6
-    alpha, beta, _, _ = path.at(t, double([[0.0]]))
-    mean = alpha.item() * 0.7
-    std = (alpha.item()**2 * 0.4**2 + beta.item()**2)**0.5
+    alpha, beta = path.alpha(double(t)).item(), path.beta(double(t)).item()
+    mean = alpha * 0.7
+    std = (alpha**2 * 0.4**2 + beta**2)**0.5
 
     def run(x, randn):
         return langevin(field_of_gauss(path), mean + shift + std * x, t, path, steps, randn)
@@ -173,6 +167,28 @@ def test_gibbs_draws_then_noises_and_denoises_with_guidance():
     for e in eps:
         x = euler(guided, 0.4 * x + 0.6 * e, 10, t0=0.4)
     close(ours, x)
-    for wrong in (dict(steps=1), dict(steps=25, middle=1.0)):
-        with pytest.raises(ValueError):
-            gibbs(conditional, noise, path=CondOT(), corrector=guided, **wrong)
+
+
+# ---------------------------------------------------------------- the SDE
+
+@ALL_PATHS
+def test_euler_maruyama_adds_no_more_noise_than_the_path_has_left(path, x):
+    """h sigma_t^2 <= beta_s^2, whatever sigma is asked for."""
+    def step(xi):
+        field = partial(net_of(path), y=MANY)
+        return euler_maruyama_step(field, x, 0.5, 0.6, path, 100.0, lambda _: xi)
+
+    close(step(torch.ones_like(x)) - step(torch.zeros_like(x)), path.beta(double(0.6)).expand(6, 2))
+
+
+def test_an_sde_without_the_score_term_ends_wider_than_the_data():
+    """dX = u dt + sigma dW, as the handwritten notes print it: at sigma = 1 std .62, not .4."""
+    def sampler(x, randn):
+        for k in range(200):
+            x = x + GAUSS.u(CondOT(), x, k / 200, labels(0, x)) / 200 + randn() / 200**0.5
+        return x
+
+    _, std = moments_of(sampler, 201)
+    _, ours = exact_end(euler_maruyama, CondOT(), 200, sigma=1.0)
+    assert abs(ours - 0.4) < 0.01
+    assert std > 0.6

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from conftest import ROOT, error_line, signal_in, weights
 
 import train
 from cfg_min import NULL, cfg_cfm_loss
-from conftest import ROOT, error_line, signal_in, weights
 from paths import PATHS, CondOT
 from support import checkpoint, mnist, training
 from unet import UNet
@@ -63,8 +63,8 @@ def test_the_loss_is_that_of_what_the_network_predicts(grey, name, predict):
     for (x, t, y), loss in zip(Zero.calls, losses("a.csv"), strict=True):
         inside = (20 * y + 10).view(-1, 1, 1, 1).expand(-1, 1, 28, 28)
         z = mnist.to_unit(F.pad(inside, (2, 2, 2, 2)))
-        alpha, beta, _, _ = path.at(t, x)
-        eps = (x - alpha * z) / beta            # the noise, if z is the digit of label y
+        at_t = t.view(-1, 1, 1, 1)
+        eps = (x - path.alpha(at_t) * z) / path.beta(at_t)      # if z is the digit of label y
         assert abs(eps.std() - 1) < 0.01
         u = path.data_to_u(0 * x, x, t.clamp(max=0.98)) if predict == "z" else 0 * x
         target = eps if predict == "eps" else path.target(z, eps, t)
