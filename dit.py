@@ -11,6 +11,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from cfg_min import NULL
 from unet import FEATURES, waves, zero
 
 
@@ -80,10 +81,10 @@ class Block(nn.Module):
 class DiT(nn.Module):
     """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0 ... classes.
 
-    The label `classes` is NULL.
+    The label `classes`, by default NULL, is "no label".
     """
 
-    def __init__(self, size=32, in_channels=1, patch=4, width=128, depth=5, heads=2, classes=10):
+    def __init__(self, size=32, in_channels=1, patch=4, width=128, depth=5, heads=2, classes=NULL):
         super().__init__()
         self.size = size
         self.patch = patch

@@ -14,6 +14,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+from cfg_min import NULL
 from paths import per_sample
 
 FEATURES = 128          # of t
@@ -93,9 +94,9 @@ class Decoder(nn.Module):
 class UNet(nn.Module):
     """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0 ... classes.
 
-    The label `classes` is NULL. layers: of each stage. H and W are multiples of 8 by default;
-    shapes below are of H = W = 32. Stages, channels and residual layers are those of Lab Three. The
-    lab, as public copies have it, differs in this:
+    The label `classes`, by default NULL, is "no label". layers: of each stage. H and W are
+    multiples of 8 by default; shapes below are of H = W = 32. Stages, channels and residual layers
+    are those of Lab Three. The lab, as public copies have it, differs in this:
 
     - The first convolution has stride 1. Stride 2, after which the last convolution writes 2 x 2
       pixels for each place, makes ours three times as fast (docs/results.md).
@@ -110,7 +111,7 @@ class UNet(nn.Module):
     """
 
     def __init__(self, channels=(32, 64, 128), layers=2, in_channels=1, stride=2, E=128,
-                 add_x=False, classes=10):
+                 add_x=False, classes=NULL):
         super().__init__()
         self.add_x = add_x
         self.time = nn.Sequential(nn.Linear(FEATURES, E), nn.SiLU(), nn.Linear(E, E))

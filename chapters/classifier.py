@@ -20,12 +20,12 @@ from unet import FEATURES, Encoder, ResidualStack, waves
 
 
 class NoisyClassifier(nn.Module):
-    """classifier(x, t) -> logits (B, classes): the U-Net's encoders, the mean over all places, a layer.
+    """classifier(x, t) -> logits (B, classes): the U-Net's encoders, a mean over places, a layer.
 
     x (B, C, H, W), t (B,) or a number; shapes below are of H = W = 32.
     """
 
-    def __init__(self, channels=(32, 64, 64), layers=1, in_channels=1, E=128, classes=10):
+    def __init__(self, channels=(32, 64, 64), layers=1, in_channels=1, E=128, classes=NULL):
         super().__init__()
         self.time = nn.Sequential(nn.Linear(FEATURES, E), nn.SiLU(), nn.Linear(E, E))
         self.first = nn.Conv2d(in_channels, channels[0], kernel_size=5, stride=2, padding=2)
@@ -106,9 +106,9 @@ def likelihood_weight(path, t):
 
 def main(argv=None):
     from paths import PATHS
-    from support import checkpoint, mnist
+    from support import mnist
     from support.command import Parser, say
-    from support.training import add_options, describe, prepare_out
+    from support.training import add_options, prepare
     from train import fit
 
     p = Parser(prog="python -m chapters.classifier",
@@ -116,17 +116,14 @@ def main(argv=None):
     add_options(p, "classifier")
     p.add_argument("--path", choices=PATHS, default="condot", help="probability path (condot)")
     options = p.parse_args(argv)
-    device = checkpoint.pick_device(options.device)
-    prepare_out(options)
-    images, labels, x_test, y_test = data = mnist.load(options.data)
-    config = describe(options, "classifier", data, path=options.path)
+    (images, labels, x_test, y_test), run = prepare(options, "classifier", path=options.path)
 
     def compute_loss(classifier, z, y):
         return classifier_loss(classifier, PATHS[options.path], z, y)
 
-    classifier, run = fit(options, config, images.to(device), labels.to(device), compute_loss)
+    classifier = fit(run, images, labels, compute_loss)
     run.finish()
-    share = mnist.accuracy(classifier.eval(), x_test.to(device), y_test.to(device))
+    share = mnist.accuracy(classifier.eval(), x_test, y_test)
     say(f"accuracy on the test images, at t = 1: {100 * share:.2f} %")
 
 

@@ -199,7 +199,7 @@ def repaired_sde(net, x, y, w, steps, path=PATH, sigma=wide_noise, until=1.0):
 
 def guided_after(net, x, t, y, w, start):
     """The guided field from t = start on, and w = 1 before."""
-    return guided_field(net, x, t, y, w if t >= start else 1.0)
+    return guided_field(net, x, t, y, w if t > start - 1e-9 else 1.0)
 
 
 def guided_samples(mixture, label, w, n, steps, dimensions):

@@ -41,7 +41,8 @@ def interval(cond, uncond, x, t, w, low=0.26, high=0.78):
     Theirs is one of noise levels beta / alpha = (1 - t) / t. The best by FID, (0.28, 2.9] for
     EDM2-S on ImageNet at 512 pixels, is t in [0.256, 0.781), here in two decimals.
     """
-    scale = w if low <= t <= high else 1.0
+    inside = low - 1e-9 < t < high + 1e-9       # t is rounded
+    scale = w if inside else 1.0
     return guide(cond, uncond, scale)
 
 
@@ -111,7 +112,7 @@ def cfg_zero_star(cond, uncond, x, t, w, start=0.04):
     Fan et al. 2025, arXiv 2503.18886: s minimises |cond - s uncond|. As in the authors' code, x
     stands still in the first 4 % of the steps, while t goes on.
     """
-    if t < start:
+    if t < start - 1e-9:                        # t is rounded
         return torch.zeros_like(cond)
     s = dot(cond, uncond) / dot(uncond, uncond)
     return guide(cond, s * uncond, w)

@@ -89,29 +89,25 @@ def measure(net, images):
 
 
 def main(argv=None):
-    from support import checkpoint, mnist
     from support.command import Parser, say
-    from support.training import add_options, describe, prepare_out
+    from support.training import add_options, prepare
     from train import fit
 
     p = Parser(prog="python -m chapters.vae",
                description="Train the autoencoder of latent diffusion.")
     add_options(p, "vae")
     options = p.parse_args(argv)
-    device = checkpoint.pick_device(options.device)
-    prepare_out(options)
-    images, labels, x_test, y_test = data = mnist.load(options.data)
-    config = describe(options, "vae", data)
+    (images, labels, x_test, _), run = prepare(options, "vae")
 
     def compute_loss(net, z, y):
         return vae_loss(net, z)
 
-    net, run = fit(options, config, images.to(device), labels.to(device), compute_loss)
+    net = fit(run, images, labels, compute_loss)
     if not run.was_finished():
-        _, std = measure(net, images[:10000].to(device))
+        _, std = measure(net, images[:10000])
         net.scale /= std                        # now the latents have variance 1
     run.finish()
-    error, _ = measure(net, x_test.to(device))
+    error, _ = measure(net, x_test)
     say(f"mean squared error of the test images: {error:.4f}")
 
 

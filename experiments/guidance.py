@@ -144,7 +144,7 @@ def scales(measures, n, scales=(0, 0.5, 1, 1.5, 2, 3, 5, 8)):
         margin = (max(values) - min(values)) / 20
         panels.append(plots.axes(marks, (0, 8), (min(values) - margin, max(values) + margin), key,
                                  "w"))
-    write_whole(HERE / "figures/curves.svg", plots.svg(panels).encode())
+    write_whole({HERE / "figures/curves.svg": plots.svg(panels).encode()})
     print("wrote figures/curves.svg")
 
 

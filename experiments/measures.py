@@ -22,10 +22,9 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 import sample
-from paths import PATHS
 from support import checkpoint, mnist
 from support.command import BadInput, Parser, execute, write_whole
-from support.sampling import Noise, choose_labels
+from support.sampling import Noise, choose_labels, find_way, parse_options
 
 EVALUATOR = Path(__file__).parent / "evaluator.pt"          # kept after the first run
 NOISE = 0.1             # the largest standard deviation of the noise in training: 13 grey levels
@@ -99,7 +98,7 @@ def load_evaluator(x_train, y_train, steps=2400):
     weights = net.state_dict()
     buffer = io.BytesIO()
     torch.save(dict(of=of, checksum=checkpoint.checksum_of(weights), weights=weights), buffer)
-    write_whole(EVALUATOR, buffer.getvalue())
+    write_whole({EVALUATOR: buffer.getvalue()})
     return net
 
 
@@ -214,25 +213,27 @@ def draw(ckpt, w, n, *options, sigma=None):
 
     sigma: a function of t for --sampler em, which has no option for one.
     """
-    options = sample.parse([f"--w={w}", "--n", str(n), *map(str, options)])
+    options = parse_options([f"--w={w}", "--n", str(n), *map(str, options)])
     options.sigma = sigma
     net, config = checkpoint.load(ckpt)
     vae = checkpoint.load_autoencoder(ckpt) if config["latent"] else None
-    y = choose_labels(options.label, options.n, is_picture=False)
-    images = sample.draw_images(net, vae, None, PATHS[config["path"]], options, w, y)
+    y = choose_labels(options)
+    way = find_way(options, config) or sample.draw_samples
+    images = sample.draw_images(way, net, vae, y, w, options)
     return images[:, None], y
 
 
 @torch.no_grad()
 def count_calls(ckpt, w, *options, sigma=None):
     """How often the network is called for one sample; a call on 2B counts as two."""
-    options = sample.parse([f"--w={w}", *map(str, options)])
+    options = parse_options([f"--w={w}", *map(str, options)])
     options.sigma = sigma
     net, config = checkpoint.load(ckpt)
     calls = []
     net.register_forward_hook(lambda net, inputs, output: calls.append(len(output)))
     randn = Noise(0, [0], bool(config["latent"]))
-    sample.draw_samples(net, torch.tensor([0]), w, options, PATHS[config["path"]], randn)
+    way = find_way(options, config) or sample.draw_samples
+    way(net, torch.tensor([0]), w, options.steps, randn, *options.interval)
     return sum(calls)
 
 

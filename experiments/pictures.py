@@ -35,7 +35,7 @@ UNET = "weights/unet.pt"
 
 
 def write(name, data):
-    write_whole(HERE / "figures" / name, data)
+    write_whole({HERE / "figures" / name: data})
     print(f"wrote figures/{name}")
 
 

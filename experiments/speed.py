@@ -77,7 +77,6 @@ def time_sampling(make, options, shape, steps=10, n=100):
     """Guided samples a second, and the time over that of the network's evaluations alone."""
     net = make(**options).to(DEVICE).eval()
     y = torch.arange(n, device=DEVICE) % 10
-    options = sample.parse(["--w", "3", "--steps", str(steps)])
     latent = shape == LATENT_SHAPE
     x = torch.randn(2 * n, *shape, device=DEVICE)
     t = torch.full((2 * n,), 0.5, device=DEVICE)
@@ -85,7 +84,7 @@ def time_sampling(make, options, shape, steps=10, n=100):
     def whole():
         randn = Noise(0, range(n), latent, DEVICE)
         with autocast(DEVICE):
-            out = sample.draw_samples(net, y, 3.0, options, PATH, randn)
+            out = sample.draw_samples(net, y, 3.0, steps, randn)
         to_bytes(out)
 
     def evaluations_alone():

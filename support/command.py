@@ -1,11 +1,11 @@
 """What all commands share: errors in one line, checked numbers, whole files, progress, Ctrl-C."""
 import argparse
-import glob
 import os
 import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -22,17 +22,12 @@ class BadInput(ValueError):
 def execute(main):
     """main()'s exit status; 2, and one line, for bad input, a full disk or memory; 130 for Ctrl-C.
 
-    It is 1, without a line, where stdout's reader goes away too early, or --help cannot be shown.
+    It is 1, without a line, where stdout's reader goes away too early.
     """
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")   # names that a terminal cannot show
-    helped = False
     try:
-        try:
-            status = main()
-        except SystemExit as end:               # of argparse
-            status = end.code
-            helped = status == 0
+        status = main()
         if sys.stdout:
             sys.stdout.flush()                  # a full disk shows here, not at exit
         return status
@@ -42,9 +37,6 @@ def execute(main):
         silence_stdout()
         return 1
     except (BadInput, OSError) as error:
-        if helped:
-            silence_stdout()
-            return 1
         complain(error)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
@@ -56,10 +48,13 @@ def execute(main):
 def complain(error):
     """One line on stderr, in place of a line of progress."""
     wipe = "\r\033[K" if sys.stderr and sys.stderr.isatty() else ""
-    line = " ".join(str(error).split())
-    print(f"{wipe}{Path(sys.argv[0]).name}: {line}", file=sys.stderr)
+    print(f"{wipe}{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
     if isinstance(error, OSError):
         silence_stdout()                        # it may be stdout that is full
+
+
+def one_line(text):
+    return " ".join(str(text).split())
 
 
 def silence_stdout():
@@ -77,11 +72,12 @@ class Parser(argparse.ArgumentParser):
     """argparse's parser. Its errors are one line, no usage. The epilog stays as it is."""
 
     def __init__(self, **options):
-        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+                         **options)
         self._negative_number_matcher = re.compile(r"-\.?\d")   # -1e-1 is a number too
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message}\n")
+        self.exit(2, f"{self.prog}: error: {one_line(message)}\n")
 
 
 def file_name(string):
@@ -101,6 +97,17 @@ def number(kind, low, high):
     return check
 
 
+many = number(int, 1, 1e9)
+seed = number(int, 0, 2**32 - 1)                # one word: a larger seed would repeat others
+
+
+def add_device(parser):
+    parser.add_argument("--device", help="as torch names it: cpu, cuda, mps (cuda where there is "
+                        "one, else cpu)")
+
+
+# ---------------------------------------------------------------- files
+
 def find(file):
     """The place of a file as this process sees it; weights/ and data/ are found from anywhere."""
     file = Path(file)
@@ -109,54 +116,48 @@ def find(file):
     return file
 
 
-def write_whole(path, data):
-    """Write bytes under a temporary name, then rename: path is whole or stays as it was.
+def write_whole(files):
+    """Write {path: bytes}: all under temporary names, then rename them one after another.
 
-    A symbolic link stays one: the file that it leads to is written. What a killed process left
-    under such a name is removed when it is an hour old.
+    So each file is whole or stays as it was. A link stays one: what it leads to is written.
     """
-    path = Path(os.path.realpath(path))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        if left.is_file() and time.time() - left.stat().st_mtime > 3600:
-            left.unlink(missing_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    staged = {}
     try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
+        for path, data in files.items():
+            path = Path(os.path.realpath(path))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+            staged[temporary] = path
+            temporary.write_bytes(data)
+        for temporary, path in staged.items():
+            os.replace(temporary, path)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in staged:
+            temporary.unlink(missing_ok=True)
 
 
 def try_place(path):
     """Raise BadInput or OSError where no file can be written at path, before the work begins."""
-    path = Path(path)
+    path = Path(os.path.realpath(path))         # where a link leads
     if path.exists() and not path.is_file():
         raise BadInput(f"--out {path}: this is not a plain file; choose another name")
-    probe = path.with_name(f".{path.name}.{os.getpid()}.probe")
-    write_whole(probe, b"")
-    probe.unlink(missing_ok=True)
+    folder = next(parent for parent in path.parents if parent.exists())
+    with tempfile.TemporaryFile(dir=folder):    # folders that are missing are made when needed
+        pass
 
+
+# ---------------------------------------------------------------- processes, progress, signals
 
 def processes():
-    """This process's rank, and how many there are: torchrun says so. Raises BadInput."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return 0, 1
-    try:
-        rank, world, _ = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "MASTER_PORT"))
-        if os.environ["MASTER_ADDR"] and 0 <= rank < world:
-            return rank, world
-    except (KeyError, ValueError):
-        pass
-    raise BadInput("RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT are not as torchrun sets them; "
-                   "unset WORLD_SIZE to train in one process")
+    """This process's rank, and how many there are: torchrun says so."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
 def say(text, end="\n"):
     """Print, in the first process only. Where nobody can read it any more, work goes on in silence.
     """
-    alone = os.environ.get("WORLD_SIZE", "1") == "1"
-    if alone or os.environ.get("RANK", "0") == "0":
+    rank, _ = processes()
+    if rank == 0:
         try:
             print(text, end=end, flush=True)
         except OSError:                         # a terminal or a pipe that went away
@@ -201,7 +202,8 @@ class Progress:
 class Interrupt:
     """While it is open, the first Ctrl-C, SIGTERM or SIGHUP is noted; a second one stops at once.
 
-    A signal that the parent process ignores, as nohup does, stays ignored.
+    A signal that the parent process ignores, as nohup does, stays ignored, and so does one whose
+    handler is not Python's.
     """
 
     def __init__(self):
@@ -210,11 +212,9 @@ class Interrupt:
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():   # others get no signals
-            kinds = [signal.SIGINT, signal.SIGTERM]
-            if hasattr(signal, "SIGHUP"):       # Windows has none
-                kinds.append(signal.SIGHUP)
-            for number in kinds:
-                if signal.getsignal(number) != signal.SIG_IGN:
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)        # Windows has no SIGHUP
+                if number and signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self.before[number] = signal.signal(number, self.note)
         return self
 

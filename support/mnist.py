@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from cfg_min import NULL
 from support.command import HERE, BadInput, find
 
 FILE = HERE / "data/mnist.npz"
@@ -20,8 +21,8 @@ LARGEST = 2**31         # bytes of an unpacked IDX file
 def bad_data(path, reason):
     """The BadInput of --data: what is wrong, and what is wanted."""
     return BadInput(f"{path}: {reason}; --data wants an .npz of x_train, y_train, x_test, y_test, "
-                    "or a folder of MNIST's four IDX files: images (N, 28, 28) of 0..255, labels "
-                    "(N,) of 0..9, N > 0")
+                    "or a folder of MNIST's four IDX files: images (N, 28, 28) of 0 (black) to 255 "
+                    f"(white), labels (N,) of 0..{NULL - 1}, N > 0")
 
 
 def read_idx(file):
@@ -59,7 +60,7 @@ def read_npz(file):
 
 
 def find_fault(images, labels):
-    """What keeps these from being images (N, 28, 28) and labels (N,) in 0..9, or None."""
+    """What keeps these from being images (N, 28, 28) and labels (N,), or None."""
     if images.dtype.kind not in "iu" or images.shape[1:] != (28, 28):
         return f"images {images.dtype} {images.shape}"
     if labels.dtype.kind not in "iu" or labels.ndim != 1:
@@ -68,9 +69,9 @@ def find_fault(images, labels):
         return f"{len(images)} images, but {len(labels)} labels"
     if len(images) == 0:
         return "no images"
-    if images.min() < 0 or images.max() > 255 or images.max() == 1:     # 1: nearly black
+    if images.min() < 0 or not 128 <= images.max() <= 255:  # of another range: nearly black
         return f"pixels from {images.min()} to {images.max()}"
-    if labels.min() < 0 or labels.max() > 9:
+    if labels.min() < 0 or labels.max() >= NULL:
         return f"labels from {labels.min()} to {labels.max()}"
     return None
 
@@ -78,11 +79,13 @@ def find_fault(images, labels):
 def load(path=FILE):
     """x_train, y_train, x_test, y_test: (N, 1, 32, 32) uint8, padded from 28x28; (N,) int64, 0..9.
 
-    From an .npz of arrays so named, or a folder of MNIST's four IDX files. Raises BadInput.
+    From an .npz of arrays so named, or a folder of MNIST's four IDX files, which may lie one folder
+    below. Raises BadInput.
     """
     path = find(path)
     if path.is_dir():
-        arrays = [read_idx(path / name) for name in IDX_FILES]
+        below = [file.parent for file in path.glob(f"*/{IDX_FILES[0]}*")]
+        arrays = [read_idx((below or [path])[0] / name) for name in IDX_FILES]
     else:
         arrays = read_npz(path)
     out = []

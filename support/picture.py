@@ -42,6 +42,7 @@ def text(string):
 
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MARK = b"Software\0cfg_min"      # of our pictures, which may be replaced
 
 
 def chunk(kind, data):
@@ -63,7 +64,8 @@ def compress(grey):
 
 def png(grey):
     """(H, W) uint8 as an 8-bit grey PNG file; W3C, PNG."""
-    return SIGNATURE + header(*grey.shape) + chunk(b"IDAT", compress(grey)) + chunk(b"IEND", b"")
+    return (SIGNATURE + header(*grey.shape) + chunk(b"tEXt", MARK) + chunk(b"IDAT", compress(grey))
+            + chunk(b"IEND", b""))
 
 
 def panel(grid, title):

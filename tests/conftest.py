@@ -18,7 +18,7 @@ import sample
 import train
 from chapters import classifier, oracle, vae
 from support import command, mnist
-from support.training import Training
+from support.training import Run
 
 ROOT = str(Path(__file__).parent.parent)
 
@@ -98,7 +98,7 @@ def run(tmp_path, monkeypatch, few):
 @contextmanager
 def signal_in(step, number=signal.SIGINT):
     """Trainings get the signal in this step, as of Ctrl-C."""
-    record = Training.record
+    record = Run.record
 
     def interrupt(self, loss):
         record(self, loss)
@@ -106,7 +106,7 @@ def signal_in(step, number=signal.SIGINT):
             os.kill(os.getpid(), number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Training, "record", interrupt)
+        patch.setattr(Run, "record", interrupt)
         yield
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conftest import ROOT, error_line
-from support import checkpoint, command
-from support.training import Training
+from conftest import ROOT, error_line, signal_in
+
+from support import checkpoint, command, mnist, sampling, training
 
 TRAIN = "train.py --arch unet --steps 1 --batch 2"
 SAMPLE = "sample.py --w 1 --n 2 --steps 1"
@@ -29,18 +29,25 @@ SAMPLE = "sample.py --w 1 --n 2 --steps 1"
         ("--out ''", "--out"), ("--out folder.pt", "plain file"), ("--out folder.pt/", "--out"),
         ("--out text.pt/a.pt", "text.pt"), ("--out text.pt", "text.pt"), ("--out note.pt", "log"),
         ("--out pipe.pt", "plain file"), ("--out /proc/a.pt", "/proc"),
-        ("--out link.pt --data few.npz", "link.pt"), ("--out net.pt --init net.pt", "--overwrite"),
-        ("--out net.pt --resume --predict z --steps 9", "--init"),
+        ("--out link.pt --data few.npz", "link.pt"), ("--out lost.pt", "/proc"),
+        ("--out net.pt --init net.pt --predict z", "--overwrite"),
+        ("--out net.pt --resume --predict z --steps 9", "steps 4 (here 9)"),
         ("--init net.pt --out b.pt", "predict"), ("--latent net.pt --out b.pt", "autoencoder"),
+        ("--latent no.pt --out b.pt", "chapters.vae"), ("--out new/er/a.jpg", ".pt"),
+        ("--data no.npz --out new/a.pt", "no.npz"), ("--step 3", "--step"),
+        ("--eta '3\n'", "--eta"), ("--seed 4294967296", "--seed"),
         ("--data no.npz --out b.pt", "no.npz"), ("--eta 2", "--eta"), ("--steps 1.5", "--steps"),
         ("--device meta", "try --device cpu"))
 ] + [
     (f"{SAMPLE} {options}", says) for options, says in (
         ("--ckpt no.pt", "no.pt"), ("--ckpt text.pt", "text.pt"), ("--sigma 1", "--sampler em"),
         ("--interval 0.5 0.2", "LOW"), ("--guidance mean", "--sampler ddpm"),
-        ("--guidance classifier --away-from 3", "--away-from"), ("--label 11", "--label"),
+        ("--guidance classifier --away-from 3", "--away-from"), ("--label 10", "null"),
+        ("--label seven", "null"), ("--sampler gibbs --steps 1", "--steps"),
         ("--label 3 --away-from 3", "the same"), ("--out a.jpg", ".png"),
         ("--out other.npz", "other.npz"), ("--out text.png", "text.png"),
+        ("--out photo.png", "photo.png"), ("--out wide.npz", "wide.npz"),
+        ("--device mkldnn", "try --device cpu"), ("--ckpt broken.pt", "not finite"),
         ("--w 1 3 --out a.npz", "one --w"), ("--device cuda:99", "try --device cpu"))
 ])
 def test_what_cannot_be_used_is_one_line_that_says_what_to_do(run, few, unet, capsys, monkeypatch,
@@ -50,11 +57,17 @@ def test_what_cannot_be_used_is_one_line_that_says_what_to_do(run, few, unet, ca
     for name in ("text.pt", "note.csv", "text.png"):
         Path(name).write_text("mine")
     os.mkfifo("pipe.csv")
+    Path("photo.png").write_bytes(b"\x89PNG\r\n\x1a\n and so on")
+    Path("lost.pt").symlink_to("/proc/lost/a.pt")
     np.savez("other.npz", mine=np.arange(3))
+    np.savez("wide.npz", images=np.zeros((3, 64, 64)), labels=np.arange(3))
+    broken = checkpoint.read(unet)
+    broken["weights"]["net.last.0.bias"].fill_(torch.nan)
+    Path("broken.pt").write_bytes(checkpoint.pack(broken))
     Path("few.npz").write_bytes(few.read_bytes())
     Path("link.pt").symlink_to("few.npz")
     Path("net.pt").write_bytes(unet.read_bytes())
-    monkeypatch.setattr(Training, "steps", None)            # training would be a TypeError
+    monkeypatch.setattr(training.Run, "steps", None)        # training would be a TypeError
     before = {path: path.is_file() and path.read_bytes() for path in Path().iterdir()}
     assert run(line) == 2
     assert says in error_line(capsys)
@@ -68,7 +81,7 @@ def test_two_processes_write_one_file_each_whole(tmp_path):
     def write_often(letter):
         for _ in range(100):
             command.try_place(tmp_path / "a")
-            command.write_whole(tmp_path / "a", letter * 10000)
+            command.write_whole({tmp_path / "a": letter * 10000})
 
     fork = get_context("fork")
     both = [fork.Process(target=write_often, args=(letter,)) for letter in (b"x", b"y")]
@@ -81,33 +94,68 @@ def test_two_processes_write_one_file_each_whole(tmp_path):
     assert [*tmp_path.iterdir()] == [tmp_path / "a"]
 
 
-def test_a_full_disk_at_the_first_save_leaves_nothing(run, monkeypatch, capsys):
-    def fail(file, saved):
-        raise OSError(28, "No space left on device")
+@pytest.mark.parametrize("full", [".pt", ".csv"])
+def test_a_full_disk_leaves_both_files_as_they_were(run, monkeypatch, capsys, full):
+    """Nothing at the first save; afterwards the old checkpoint and its own log."""
+    write = Path.write_bytes
 
-    monkeypatch.setattr(checkpoint, "save", fail)
-    assert run(f"{TRAIN} --out a.pt") == 2
-    assert "No space left" in error_line(capsys)
-    assert not [*Path().iterdir()]
+    def fail(path, data):
+        if f"{full}." in path.name:
+            raise OSError(28, "No space left on device")
+        return write(path, data)
+
+    before = {}
+    for options in ("", "--overwrite --seed 1"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "write_bytes", fail)
+            assert run(f"{TRAIN} --out a.pt {options}") == 2
+        assert "No space left" in error_line(capsys)
+        assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+        assert run(f"{TRAIN} --out a.pt") == 0
+        before = {path.name: path.read_bytes() for path in Path().iterdir()}
+        capsys.readouterr()
 
 
-def test_what_a_killed_process_left_is_removed_when_it_is_old(tmp_path):
-    old, new, mine = (tmp_path / name for name in (".a.1.tmp", ".a.2.tmp", "b.tmp"))
-    for path in (old, new, mine):
-        path.touch()
-    os.utime(old, (0, 0))
-    os.utime(mine, (0, 0))
-    command.write_whole(tmp_path / "a", b"x")
-    assert sorted(tmp_path.iterdir()) == [new, tmp_path / "a", mine]
+def test_a_log_that_cannot_be_replaced_costs_no_checkpoint(run, monkeypatch, capsys):
+    """As while a spreadsheet on Windows has it open."""
+    replace = os.replace
+
+    def deny(old, new):
+        if new.suffix == ".csv":
+            raise PermissionError(13, "denied", str(old), None, str(new))
+        replace(old, new)
+
+    monkeypatch.setattr(os, "replace", deny)
+    assert run(f"{TRAIN} --out a.pt") == 0
+    assert "a.csv cannot be written" in capsys.readouterr().out
+    assert [path.name for path in Path().iterdir()] == ["a.pt"]
+
+
+@pytest.mark.parametrize("lines, says", [(None, "lacks losses"), (2, "lacks losses"), (9, "")])
+def test_a_log_that_is_gone_or_cut_or_of_another_run_is_named(run, capsys, lines, says):
+    """At --resume, where the finished log has a gap; and where a lone log is replaced."""
+    line = "train.py --arch unet --steps 4 --batch 2 --out a.pt"
+    with signal_in(3):
+        assert run(line) == 130
+    log = Path("a.csv").read_text().splitlines(keepends=True)
+    Path("a.csv").unlink()
+    if lines:
+        Path("a.csv").write_text("".join(log[:lines]))
+    assert run(f"{line} --resume") == 0
+    said = capsys.readouterr().out
+    assert ("lacks losses" in said) == bool(says)
+    Path("a.pt").unlink()
+    assert run(line) == 0
+    assert "the log of an earlier run, is replaced" in capsys.readouterr().out
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_a_link_stays_a_link(tmp_path):
     link, file = tmp_path / "link", tmp_path / "file"
     link.symlink_to("file")
     for data in (b"old", b"new"):
-        command.write_whole(link, data)
+        command.write_whole({link: data})
     with pytest.raises(TypeError):
-        command.write_whole(link, "no bytes")
+        command.write_whole({link: "no bytes"})
     assert link.is_symlink()
     assert file.read_bytes() == b"new"
     assert sorted(tmp_path.iterdir()) == [file, link]
@@ -132,6 +180,19 @@ def test_a_classifier_guides_on_its_own_data_and_path_only(run, few, unet, capsy
     assert capsys.readouterr().out.count("no classifier has seen these data") == 2
 
 
+def test_the_shipped_classifier_judges_where_it_can_and_a_users_own_guides(run, capsys):
+    """A classifier of one step in runs/ judges nothing that the shipped one can judge."""
+    assert run(f"chapters.classifier --steps 1 --batch 8 --data {mnist.FILE}") == 0
+    line = f"{SAMPLE} --ckpt weights/unet.pt --guidance classifier"
+    assert run(line) == 0
+    assert "by weights/classifier.pt" in capsys.readouterr().out
+    options = sampling.parse_options(line.split()[1:])
+    _, config = checkpoint.load("weights/unet.pt")
+    guiding = sampling.find_way(options, config).keywords["classifier"]
+    own = checkpoint.load("runs/classifier.pt")[0].state_dict()
+    assert all(torch.equal(own[key], value) for key, value in guiding.state_dict().items())
+
+
 # ---------------------------------------------------------------- too much, other machines
 
 def test_what_does_not_fit_into_memory_is_one_line(tmp_path, few):
@@ -143,19 +204,6 @@ def test_what_does_not_fit_into_memory_is_one_line(tmp_path, few):
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "out of memory" in done.stderr
-
-
-WHOLE = dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="localhost", MASTER_PORT="29500")
-
-
-@pytest.mark.parametrize("change", [dict(RANK="2"), dict(WORLD_SIZE="x"), dict(MASTER_ADDR="")])
-def test_torchruns_variables_are_whole_or_one_line_says_so(run, unet, monkeypatch, capsys, change):
-    """sample.py does not mind; a cluster's shell may have WORLD_SIZE alone."""
-    for name, value in (WHOLE | change).items():
-        monkeypatch.setenv(name, value)
-    assert run(f"{SAMPLE} --ckpt {unet}") == 0
-    assert run(TRAIN) == 2
-    assert "torchrun" in error_line(capsys)
 
 
 def test_each_process_takes_a_gpu_of_its_own(monkeypatch):
@@ -224,7 +272,7 @@ def test_a_home_is_expanded_in_every_path(run, few, monkeypatch):
 
 @pytest.mark.parametrize("line, redirect, status, lines", [
     (f"{SAMPLE} --ckpt UNET", "| true", 1, 0), (f"{SAMPLE} --ckpt UNET", "> /dev/full", 2, 1),
-    (f"{SAMPLE} --ckpt UNET --out \u03b5.png", "", 0, 0), ("train.py --help", "> /dev/full", 1, 0),
+    (f"{SAMPLE} --ckpt UNET --out \u03b5.png", "", 0, 0),
     (f"{TRAIN} --data FEW --out a.pt", ">&-", 0, 0),
     (f"{TRAIN} --data FEW --out a.pt", "| true", 0, 0)])
 def test_a_stdout_that_takes_nothing_is_silence_or_one_line(run, few, unet, line, redirect, status,

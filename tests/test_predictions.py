@@ -21,8 +21,7 @@ def test_a_network_that_predicts_z_is_the_field_of_that_z(path, x):
 
 @ALL_PATHS
 def test_from_last_t_on_the_formulas_take_it_for_t(path, x):
-    """u(.95) = u(.9) where last_t = .9, though the network gets the true t; EpsField begins at .001.
-    """
+    """u(.95) = u(.9) for last_t = .9, though net gets the true t; EpsField begins at .001."""
     data = DataField(lambda x, t, y: x.sin(), path, 0.9)
     close(data(x, 0.95, MANY), path.data_to_u(x.sin(), x, 0.9))
     eps = EpsField(lambda x, t, y: x.cos(), path, 0.9, bound=9.0)

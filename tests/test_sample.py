@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from conftest import randomize, run_line
+
 import sample
 import train
 from cfg_min import NULL, cfg_cfm_loss, euler, euler_maruyama, guided_field
@@ -14,9 +16,8 @@ from chapters import vae
 from chapters.classifier import classifier_gradient, classifier_guided_field
 from chapters.ddpm import ddim
 from chapters.samplers import gibbs, heun, predictor_corrector
-from conftest import randomize, run_line
 from paths import CondOT, Cosine
-from support import checkpoint, mnist, picture
+from support import checkpoint, mnist, picture, sampling, training
 from support.sampling import Noise, arrange, choose_labels
 
 
@@ -45,13 +46,13 @@ def loud(tmp_path_factory, few):
         saved["weights"] = randomize(net).state_dict()
         if name == "classifier":
             saved["config"]["steps"] = 9        # unfinished
-        checkpoint.save(folder / f"{name}.pt", saved)
+        (folder / f"{name}.pt").write_bytes(checkpoint.pack(saved))
     return folder
 
 
 def guided(net, w=3.0, away=NULL, low=0.0, high=1.0):
     """The guided field for t in [low, high], the conditional one elsewhere."""
-    return lambda x, t: guided_field(net, x, t, Y, w if low <= t <= high else 1.0, away)
+    return lambda x, t: guided_field(net, x, t, Y, w if low - 1e-9 < t < high + 1e-9 else 1.0, away)
 
 
 def by_classifier(net, noisy, w=3.0):
@@ -80,6 +81,8 @@ WAYS = {
     "--sampler ddim": lambda u, c, x, r: ddim(guided(u), x, 3, PATH),
     "--sampler ddpm": lambda u, c, x, r: ddim(guided(u), x, 3, PATH, 1.0, randn=r),
     "--sampler gibbs": lambda u, c, x, r: gibbs(guided(u, 1), x, 3, PATH, guided(u), randn=r),
+    "--sampler gibbs --interval 0 0.75 --steps 8": lambda u, c, x, r: gibbs(
+        guided(u, 1), x, 8, PATH, guided(u, high=0.75), randn=r),
     "--guidance classifier": lambda u, c, x, r: euler(by_classifier(u, c), x, 3, 0.01),
     "--guidance classifier --sampler pc": lambda u, c, x, r: predictor_corrector(
         by_classifier(u, c, 1), x, 3, PATH, by_classifier(u, c), t0=0.01, randn=r),
@@ -130,7 +133,7 @@ def test_the_figure_has_a_panel_a_scale_and_a_row_a_label(run, loud):
         panels.append(picture.panel(np.array(grid, np.uint8), f"w = {w}"))
     assert run(f"sample.py {line} --w 1 3 --n 20 --out a.png") == 0
     assert Path("a.png").read_bytes() == picture.png(np.hstack(panels))
-    y = choose_labels(None, None, is_picture=True)
+    y = choose_labels(sampling.parse_options(["--w", "1"]))
     assert torch.equal(y, torch.cat([torch.arange(100) % 10, torch.full((10,), NULL)]))
     grid = arrange(torch.arange(110)[:, None, None].expand(-1, 32, 32), y)
     assert torch.equal(grid[10, :, 0, 0], torch.arange(100, 110))
@@ -150,19 +153,21 @@ def test_the_report_is_of_the_samples_as_the_classifier_sees_them(run, loud, cap
     assert f"diversity {ratio:.2f} of that of real digits" in said
 
 
-@pytest.mark.parametrize("module", [sample, train])
-def test_the_examples_of_help_parse(capsys, module):
+@pytest.mark.parametrize("name, parse", [
+    ("sample", sampling.parse_options),
+    ("train", partial(training.parse_options, times=train.TIMES))])
+def test_the_examples_of_help_parse(capsys, name, parse):
     with pytest.raises(SystemExit, match="0"):
-        module.parse(["--help"])
+        parse(["--help"])
     said = capsys.readouterr().out
-    lines = re.findall(rf"^  python {module.__name__}.py (.*?)(?:   .*)?$", said, re.MULTILINE)
+    lines = re.findall(rf"^  python {name}.py (.*?)(?:   .*)?$", said, re.MULTILINE)
     assert len(lines) >= 3
     for line in lines:
-        module.parse(line.split())
+        parse(line.split())
 
 
 def test_without_ckpt_it_takes_runs_unet_and_says_so(run, unet, capsys):
-    """Else it takes weights/unet.pt."""
+    """Else it takes weights/unet.pt, and names the newest network of runs/."""
     Path("runs").mkdir()
     Path("runs/unet.pt").write_bytes(unet.read_bytes())
     assert run("sample.py --w 1 --n 2 --steps 1") == 0
@@ -170,6 +175,20 @@ def test_without_ckpt_it_takes_runs_unet_and_says_so(run, unet, capsys):
     Path("runs/unet.pt").unlink()
     assert run("sample.py --w 1 --n 2 --steps 1") == 0
     assert capsys.readouterr().out.startswith("sampling from weights/unet.pt")
+    Path("runs/mine.pt").write_bytes(unet.read_bytes())
+    assert run("sample.py --w 1 --n 2 --steps 1") == 0
+    assert "--ckpt runs/mine.pt" in capsys.readouterr().out
+
+
+def test_a_row_that_guidance_leads_away_from_itself_is_named(run, unet, capsys):
+    assert run(f"sample.py --w 3 --n 10 --steps 1 --ckpt {unet} --away-from 3") == 0
+    assert "samples of label 3 are not guided" in capsys.readouterr().out
+
+
+def test_a_picture_and_arrays_of_ours_are_replaced(run, unet):
+    for name in ("a.png", "a.npz"):
+        for _ in range(2):
+            assert run(f"sample.py --w 3 --n 10 --steps 1 --ckpt {unet} --out {name}") == 0
 
 
 @pytest.mark.parametrize("eta, labels, line, says", [
@@ -183,7 +202,7 @@ def test_what_training_never_showed_is_named(run, loud, capsys, eta, labels, lin
     """A label that the data lack, or the field that eta of 0 or 1 leaves out: one line, no more."""
     saved = checkpoint.read(loud / "unet.pt")
     saved["config"].update(eta=eta, labels=[*labels])
-    checkpoint.save("a.pt", saved)
+    Path("a.pt").write_bytes(checkpoint.pack(saved))
     Path("runs").symlink_to(loud)
     draw(run, f"--ckpt a.pt --n 10 {line}")
     said = capsys.readouterr().out

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from conftest import ROOT, error_line, signal_in, weights
 import train
 from cfg_min import NULL, cfg_cfm_loss
 from paths import PATHS, CondOT
-from support import checkpoint, mnist, training
+from support import checkpoint, command, mnist, training
 from unet import UNet
 
 SHORT = "train.py --arch unet --steps 6 --batch 8"
@@ -113,6 +114,12 @@ def test_an_interrupted_run_resumes_to_the_same_bits(run, capsys, number):
     assert Path("half.csv").read_text() == Path("whole.csv").read_text()
 
 
+def test_a_handler_that_python_does_not_know_stays(run, monkeypatch):
+    """getsignal gives None where C code has set it; the run ends as if there was none."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: None)
+    assert run(f"{SHORT} --out whole.pt") == 0
+
+
 def test_a_signal_that_the_parent_ignores_stays_ignored(run):
     """As in a script's background job, whose terminal gets a Ctrl-C."""
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -131,7 +138,7 @@ def test_a_run_that_dies_goes_on_from_what_it_saved(run, monkeypatch):
 
     assert run(f"{SHORT} --out whole.pt") == 0
     with monkeypatch.context() as patch, pytest.raises(KeyError):
-        patch.setattr(training.Training, "agree", die)
+        patch.setattr(training.Run, "agree", die)
         run(f"{SHORT} --save-every 2 --out half.pt")
     assert checkpoint.read("half.pt")["step"] == 4
     assert run(f"{SHORT} --out half.pt --resume") == 0
@@ -198,13 +205,60 @@ def test_two_processes_share_the_batch(run, few):
         schedule.step()
 
 
+def test_how_a_run_begins_is_one_decision():
+    """New, goes on, replaces; decided from two configurations, without training."""
+    def begin(step=None, init=None, overwrite=False, resume=False, **changed):
+        config = dict(arch="unet", net={}, predict="u", latent=False, classes=10, steps=9, init=init)
+        saved = step and dict(step=step, config=config | changed)
+        init = init and dict(config=config | dict(arch=init))
+        options = SimpleNamespace(out="a.pt", init="b.pt", overwrite=overwrite, resume=resume)
+        return training.decide(options, config, saved, init)
+
+    assert begin() == begin(resume=True) == begin(init="unet") == "new"
+    assert begin(9) == begin(5, overwrite=True) == begin(9, overwrite=True, lr=7) == "replaces"
+    assert begin(5, resume=True) == begin(9, resume=True) == "goes on"
+    for refused, says in ((dict(step=5), "unfinished"), (dict(step=9, steps=5), "other options"),
+                          (dict(step=5, resume=True, overwrite=True, steps=5), "other options"),
+                          (dict(init="dit"), "another network")):
+        with pytest.raises(command.BadInput, match=says):
+            begin(**refused)
+
+
+def test_init_is_remembered_by_its_weights(run, unet):
+    """The same file under another name is the same start."""
+    Path("copy.pt").write_bytes(unet.read_bytes())
+    line = f"{SHORT} --predict z --out more.pt"
+    with signal_in(3):
+        assert run(f"{line} --init {unet}") == 130
+    assert run(f"{line} --init ./copy.pt --resume") == 0
+
+
+def test_processes_that_do_not_see_the_checkpoint_do_not_go_on(run, few, tmp_path):
+    """Two processes in two folders, one of which has the unfinished run."""
+    with signal_in(3):
+        assert run(f"{SHORT} --out a.pt") == 130
+    (tmp_path / "other").mkdir()
+    (tmp_path / "start.py").write_text(
+        "import os, sys\nos.chdir(['.', 'other'][int(os.environ['RANK'])])\n"
+        f"sys.path.insert(0, {ROOT!r})\nimport train\n"
+        "sys.exit(train.execute(lambda: train.main(sys.argv[1:])))\n")
+    line = (f"-m torch.distributed.run --standalone --nproc_per_node=2 start.py --arch unet "
+            f"--steps 6 --batch 8 --data {few} --out a.pt --resume")
+    before = Path("a.pt").read_bytes()
+    done = subprocess.run([sys.executable, *line.split()], capture_output=True, text=True,
+                          env=dict(os.environ, OMP_NUM_THREADS="1"))
+    assert done.returncode != 0
+    assert "some processes begin at step 0, others at 3" in done.stderr
+    assert Path("a.pt").read_bytes() == before
+
+
 @pytest.mark.parametrize("step, options, says", [
-    (4, "", ""), (4, "--lr 0.1", "lr (0.002, here 0.1)"), (4, "--lr 0.1 --overwrite", ""),
+    (4, "", ""), (4, "--lr 0.1", "lr 0.002 (here 0.1)"), (4, "--lr 0.1 --overwrite", ""),
     (2, "", "--resume or --overwrite"), (2, "--overwrite", "")])
 def test_only_a_finished_run_of_the_same_configuration_is_replaced_unasked(run, unet, capsys, step,
                                                                            options, says):
     """Others by --overwrite; a line says which one is replaced, or what to do."""
-    checkpoint.save("a.pt", dict(checkpoint.read(unet), step=step))
+    Path("a.pt").write_bytes(checkpoint.pack(dict(checkpoint.read(unet), step=step)))
     before = Path("a.pt").read_bytes()
     line = "train.py --arch unet --predict z --times logit-normal --steps 4 --batch 8 --out a.pt"
     status = run(f"{line} {options}")
@@ -218,20 +272,27 @@ def test_only_a_finished_run_of_the_same_configuration_is_replaced_unasked(run, 
         assert checkpoint.load("a.pt")[1]["step"] == 4
 
 
-class Faulty(Zero):
-    """A network with a mistake in what it does after training."""
+class TenLabels(Zero):
+    """A network that forgot the eleventh embedding, or that knows t as a number alone."""
 
     def forward(self, x, t, y):
-        if not self.training:
-            raise ValueError("mine")
-        return self.p * x
+        return nn.functional.embedding(y, torch.zeros(10, 1)) * x
 
 
-def test_a_mistake_in_a_network_is_its_own_and_shows_before_the_first_step(grey, monkeypatch):
-    monkeypatch.setitem(checkpoint.NETWORKS["unet"], "net", f"{__name__}.Faulty")
+class OneTime(Zero):
+    def forward(self, x, t, y):
+        return x + t
+
+
+@pytest.mark.parametrize("net", ["TenLabels", "OneTime"])
+def test_a_mistake_in_a_network_shows_before_the_first_step_with_what_it_got(grey, monkeypatch,
+                                                                             capsys, net):
+    """Its own error, after a line that says how the network was called."""
+    monkeypatch.setitem(checkpoint.NETWORKS["unet"], "net", f"{__name__}.{net}")
     monkeypatch.setattr(train, "draw_batch", None)
-    with pytest.raises(ValueError, match="mine"):
+    with pytest.raises((IndexError, RuntimeError)):
         grey("")
+    assert "x (2, 1, 32, 32), t (2,) and labels 0 and 10" in error_line(capsys)
     assert not Path("a.pt").exists()
 
 
