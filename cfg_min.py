@@ -104,7 +104,7 @@ def guided_field(net, x, t, y, w, null=NULL):
     if isinstance(w, Real) and w == 0:
         return call(net, x, t, no_label)
     both = call(net, torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, no_label]))
-    cond, uncond = both.chunk(2)                # of (2B, ...)
+    cond, uncond = both.unflatten(0, (2, x.shape[0]))       # (2B, ...) -> (B, ...) each
     return guide(cond, uncond, w).to(x.dtype)
 
 

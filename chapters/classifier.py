@@ -79,7 +79,7 @@ def classifier_guided_field(net, classifier, path, x, t, y, w, null=NULL):
     return like(x, u + per_sample(w, x) * b * gradient)
 
 
-def measure_label_errors(net, path, z, t, eps, labels=10):
+def measure_label_errors(net, path, z, t, eps, labels=NULL):
     """|| u_t(x|y) - u_t(x|z) ||^2 for each label y at x = alpha z + beta eps: (B, labels).
 
     The generator is a classifier: it gives z the label whose field fits z best

@@ -17,6 +17,9 @@ from paths import CondOT
 PATH = CondOT()
 
 
+TINY = 1e-12     # the least divisor: where a field is 0, a rule is 0 too, not 0/0
+
+
 def dot(a, b):
     """<a, b> of each sample, (B, 1, ..., 1)."""
     return (a * b).sum(dim=tuple(range(1, a.ndim)), keepdim=True)
@@ -85,7 +88,7 @@ def rescale(cond, uncond, x, t, w, phi=0.7):
     v = alpha eps - beta z: -v is a velocity on their path, as u is on CondOT.
     """
     u = guide(cond, uncond, w)
-    like_cond = u * std(cond) / std(u)
+    like_cond = u * std(cond) / std(u).clamp(min=TINY)
     return phi * like_cond + (1 - phi) * u
 
 
@@ -100,8 +103,8 @@ def apg(cond, uncond, x, t, w, eta=0.0, radius=2.5):
     """
     z = PATH.u_to_data(cond, x, t)
     d = z - PATH.u_to_data(uncond, x, t)
-    d = d * (radius / dot(d, d).sqrt()).clamp(max=1)
-    parallel = dot(d, z) / dot(z, z) * z
+    d = d * (radius / dot(d, d).clamp(min=TINY).sqrt()).clamp(max=1)
+    parallel = dot(d, z) / dot(z, z).clamp(min=TINY) * z
     z = z + (w - 1) * (d - parallel + eta * parallel)
     return PATH.data_to_u(z, x, t)
 
@@ -114,7 +117,7 @@ def cfg_zero_star(cond, uncond, x, t, w, start=0.04):
     """
     if t < start - 1e-9:                        # t is rounded
         return torch.zeros_like(cond)
-    s = dot(cond, uncond) / dot(uncond, uncond)
+    s = dot(cond, uncond) / dot(uncond, uncond).clamp(min=TINY)
     return guide(cond, s * uncond, w)
 
 

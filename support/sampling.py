@@ -1,4 +1,4 @@
-"""What surrounds sampling: options, the network and its judge, what is printed, where samples go."""
+"""What surrounds sampling: options, the network and its judge, what is printed and written."""
 import io
 from functools import partial
 from pathlib import Path

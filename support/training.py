@@ -237,8 +237,8 @@ class Run:
         dist.all_reduce(ends, dist.ReduceOp.MAX)
         latest, earliest = ends[0].item(), -ends[1].item()
         if latest != earliest:
-            raise BadInput(f"some processes begin at step {earliest}, others at {latest}: {self.out} "
-                           "must lie on a disk that all of them see")
+            raise BadInput(f"some processes begin at step {earliest}, others at {latest}: "
+                           f"{self.out} must lie on a disk that all of them see")
 
     def steps(self):
         """The numbers of the steps to take. Raises KeyboardInterrupt after Ctrl-C, BadInput where

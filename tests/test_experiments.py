@@ -53,6 +53,18 @@ def length(a):
 
 # ---------------------------------------------------------------- the rules
 
+@pytest.mark.parametrize("guide", [rules.rescale, rules.apg, rules.cfg_zero_star])
+def test_a_rule_is_a_number_where_a_field_is_0(guide):
+    zero = torch.zeros(2, 3).double()
+    for cond, uncond in ((X[:2], zero), (zero, X[:2]), (zero, zero)):
+        assert guide(cond, uncond, zero, 0.5, 3.0).isfinite().all()
+
+
+def test_an_interval_holds_its_ends_though_t_is_rounded():
+    assert scale_of(rules.interval, 0.78 + 1e-15, 3.0) == 3
+    assert scale_of(rules.interval, 0.26 - 1e-15, 3.0) == 3
+
+
 @EVERY_T
 @pytest.mark.parametrize("guide", [
     rules.cfg, rules.interval, rules.rising, rules.rescale, rules.apg, rules.autoguidance,

@@ -6,7 +6,7 @@ from pathlib import Path
 from conftest import ROOT
 
 NOTES = Path(ROOT) / "docs/notes.md"
-TEXT = NOTES.read_text()
+TEXT = NOTES.read_text(encoding="utf-8")
 
 
 def find_names(nodes, prefix=""):
@@ -21,14 +21,16 @@ def test_what_is_linked_and_named_exists():
     wrong = []
     for link, name in re.findall(r"\]\((?!http)(.*?)\)|`([A-Za-z_].*?)`", TEXT):
         if link:
-            file, defined = link, set(find_names(ast.parse((NOTES.parent / link).read_text()).body))
+            text = (NOTES.parent / link).read_text(encoding="utf-8")
+            file, defined = link, set(find_names(ast.parse(text).body))
         elif name not in defined:
             wrong.append((file, name))
     assert wrong == []
 
 
 def test_the_parts_are_those_of_test_cfg_and_each_row_names_a_test():
-    parts = re.findall(r"^# -+ (\d+\. .*)", (Path(ROOT) / "test_cfg.py").read_text(), re.MULTILINE)
+    text = Path(ROOT, "test_cfg.py").read_text(encoding="utf-8")
+    parts = re.findall(r"^# -+ (\d+\. .*)", text, re.MULTILINE)
     assert [part.lower() for part in re.findall(r"\*\*(\d+\. .*)\*\*", TEXT)] == \
         [part.lower() for part in parts]
     numbers = re.findall(r"^\|(\d+)\|", TEXT, re.MULTILINE)

@@ -76,6 +76,24 @@ def test_a_field_works_under_inference_mode_vmap_and_compile(kind, images):
     close(compiled(x, t, y=y), plain)
 
 
+def test_one_compiled_graph_serves_all_sizes_of_a_batch():
+    """torch.compile(dynamic=True) of a guided field; t a number or (B,)."""
+    graphs = []
+
+    def keep(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    field = partial(guided_field, DataField(UNet(channels=(8, 16), E=16), PATH, 0.98), w=3.0)
+    for times in (lambda B: 0.3, torch.rand):
+        torch._dynamo.reset()
+        graphs.clear()
+        compiled = torch.compile(field, backend=keep, dynamic=True)
+        for B in (2, 3, 5):
+            compiled(torch.randn(B, 1, 8, 8), times(B), torch.arange(B))
+        assert len(graphs) == 1
+
+
 # ---------------------------------------------------------------- precision
 
 @ALL_PATHS

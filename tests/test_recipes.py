@@ -21,7 +21,7 @@ from conftest import ROOT, run_line
 from support import command
 
 README, CHANGE, GUIDANCE, EXERCISES = (
-    Path(ROOT, name).read_text()
+    Path(ROOT, name).read_text(encoding="utf-8")
     for name in ("README.md", "docs/change.md", "docs/guidance.md", "docs/exercises.md"))
 FEW = {"train.py": "--steps 2 --batch 4", "sample.py": "--steps 2 --n 10"}
 SECTIONS = [text for text in CHANGE.split("\n## ")[1:] if re.search("```python\n# .*\\.py, ", text)]
@@ -64,11 +64,12 @@ def test_the_algorithm_prints_what_the_readme_says(tmp_path):
     program, same = blocks_of(README, "python")
     assert len(program.splitlines()) < 45
     shutil.copy(f"{ROOT}/paths.py", tmp_path)
-    cfg_min = Path(ROOT, "cfg_min.py").read_text().replace("\nNULL = 10 ", "\nNULL = 3 ")
-    (tmp_path / "cfg_min.py").write_text(cfg_min)
+    cfg_min = Path(ROOT, "cfg_min.py").read_text(encoding="utf-8")
+    cfg_min = cfg_min.replace("\nNULL = 10 ", "\nNULL = 3 ")
+    (tmp_path / "cfg_min.py").write_text(cfg_min, encoding="utf-8")
     check = "print((torch.cdist(x, centres).argmin(dim=1) == y).float().mean().item())"
     done = subprocess.run([sys.executable, "-c", program + same + check], text=True,
-                          capture_output=True, cwd=tmp_path, env=dict(os.environ, PYTHONPATH=""))
+                          capture_output=True, cwd=tmp_path)
     *said, last = done.stdout.splitlines()
     for a, b in zip(numbers("\n".join(said)), numbers(printed), strict=True):
         assert abs(a - b) < 0.04
@@ -143,23 +144,23 @@ def test_a_clone_is_changed_as_printed(folder, section):
         head, code = block.split("\n", 1)
         name, place = re.fullmatch(r"# (\S+), (.*)", head).groups()
         file = folder / name
-        text = file.read_text() if file.exists() else ""
+        text = file.read_text(encoding="utf-8") if file.exists() else ""
         if place in ("a new file", "at the end"):
             text += code
         else:                                   # in NAME: its first entry
             line = re.search(rf"^{place.removeprefix('in ')} = {{.*\n", text, re.MULTILINE).group()
             text = text.replace(line, line + code)
-        file.write_text(text)
+        file.write_text(text, encoding="utf-8")
     for line in commands_of(section):
         done = subprocess.run([sys.executable, *shlex.split(few(line))], text=True,
-                              capture_output=True, cwd=folder, env=dict(os.environ, PYTHONPATH=""))
+                              capture_output=True, cwd=folder)
         assert done.returncode == 0, done.stderr
         assert "wrote" in done.stdout
 
 
 def test_the_notebook_runs_and_says_what_to_fill_in(folder, monkeypatch, few):
     """In docs/ of a clone; outside of one its first cell stops with one line."""
-    cells = json.loads(Path(ROOT, "docs/guidance.ipynb").read_text())["cells"]
+    cells = json.loads(Path(ROOT, "docs/guidance.ipynb").read_text(encoding="utf-8"))["cells"]
     cells = ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
     display = types.ModuleType("IPython.display")
     display.Image = lambda data: data

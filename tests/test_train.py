@@ -208,7 +208,8 @@ def test_two_processes_share_the_batch(run, few):
 def test_how_a_run_begins_is_one_decision():
     """New, goes on, replaces; decided from two configurations, without training."""
     def begin(step=None, init=None, overwrite=False, resume=False, **changed):
-        config = dict(arch="unet", net={}, predict="u", latent=False, classes=10, steps=9, init=init)
+        config = dict(arch="unet", net={}, predict="u", latent=False, classes=10, steps=9,
+                      init=init)
         saved = step and dict(step=step, config=config | changed)
         init = init and dict(config=config | dict(arch=init))
         options = SimpleNamespace(out="a.pt", init="b.pt", overwrite=overwrite, resume=resume)
