@@ -1,7 +1,8 @@
 """Every recipe of the documents, run as printed; trainings get few steps and digits.
 
 A block of python whose first line names a file goes into a copy of the clone; the commands of its
-section run there. All other blocks of a document run one after another, in one empty folder.
+section run there. "# with PACKAGE" begins a block that runs only where the package is. All other
+blocks of change.md run in their order, and each alone after the first.
 """
 import json
 import os
@@ -16,8 +17,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
+import torch
 from conftest import ROOT, run_line
+from test_cfg import close
+
+from paths import CondOT
 from support import command
 
 README, CHANGE, GUIDANCE, EXERCISES = (
@@ -116,25 +120,90 @@ def test_commands_run_as_printed(folder, text, monkeypatch):
             assert line.startswith(("pytest", "chapters.oracle"))
 
 
-def test_blocks_of_python_run_as_printed(folder, capsys):
-    """One after another, as a reader pastes them."""
-    import torch
+SETUP, *RECIPES = (block for block in blocks_of(CHANGE, "python")
+                   if not re.match(r"# \S+\.py, |# with PIL|# pictures", block))
+
+
+def execute_blocks(*blocks):
+    """Run blocks one after another, as a reader pastes them; return what they leave."""
     space = {}
     try:
-        for block in blocks_of(CHANGE, "python"):
-            if not block.startswith("# "):
-                exec(block, space)
+        for block in blocks:
+            if block.startswith("# with "):
+                pytest.importorskip(re.match(r"# with (\w+)", block).group(1))
+            exec(block, space)
     finally:
         torch.set_grad_enabled(True)
+    return space
+
+
+@pytest.mark.parametrize("block", RECIPES, ids=[block.splitlines()[0] for block in RECIPES])
+def test_a_recipe_runs_alone(folder, block):
+    execute_blocks(SETUP, block)
+
+
+def test_all_recipes_run_in_their_order(folder, capsys):
+    space = execute_blocks(SETUP, *(block for block in RECIPES if block[:6] != "# with"))
     estimated, exact = np.split(np.array(numbers(capsys.readouterr().out)), 2)
     assert np.abs(estimated - exact).max() < 0.01           # the log-likelihood
     z = space["path"].sample(space["z"], space["eps"], 0.9)
     assert (space["again"] - z).square().mean().sqrt() < 0.15           # there and back
 
 
+def test_pictures_of_ones_own_train_and_sample(tmp_path, monkeypatch):
+    """Colour arrays; and where Pillow is, from a folder of files."""
+    (block,) = re.findall(r"```python\n(# pictures.*?)```", CHANGE, re.DOTALL)
+    block = block.replace("3000", "2")
+    space = dict(pictures=torch.randint(256, (70, 3, 32, 32), dtype=torch.uint8),
+                 kinds=torch.arange(70) % 3)
+    exec(block, space)
+    assert space["drawn"].shape == (8, 3, 32, 32)
+    image = pytest.importorskip("PIL.Image")
+    monkeypatch.chdir(tmp_path)
+    for k, name in enumerate("ab"):
+        Path("pictures", name).mkdir(parents=True)
+        image.new("RGB", (40, 40), (k, 50, 90)).save(f"pictures/{name}/1.png")
+    reading = re.findall(r"```python\n(# with PIL.*?)```", CHANGE, re.DOTALL)[0]
+    exec(reading + block, space)
+    assert space["kinds"].tolist() == [0, 1]
+    assert space["pictures"][1, :, 0, 0].tolist() == [1, 50, 90]
+
+
+def test_conventions_of_others_become_ours_as_printed():
+    """Each line of the table, from what the other convention has at one point of a path."""
+    rows = re.findall(r"^\| (.*) \| `(.*)` \|$", CHANGE, re.MULTILINE)
+    z, eps = torch.randn(2, 3, 4).double()
+    t = 0.3
+    alpha, beta = t / (t**2 + (1 - t)**2)**0.5, (1 - t) / (t**2 + (1 - t)**2)**0.5
+    on_circle = dict(x=alpha * z + beta * eps, alpha=alpha, beta=beta, eps=eps)
+    on_line = dict(x=t * z + (1 - t) * eps, t=t, path=CondOT())
+    u = z - eps
+    sigma = (1 - t) / t
+    theirs = {                                  # what they have; what ours must become
+        "v-prediction": (on_circle | dict(v=alpha * eps - beta * z), dict(z=z)),
+        "EDM": (dict(sigma=sigma, x_edm=z + sigma * eps, D=z, path=CondOT()),
+                dict(t=t, x=on_line["x"], u=u)),
+        "DDPM, Stable": (on_circle | dict(abar=alpha**2), dict(alpha=alpha, beta=beta, z=z)),
+        "the same network": (on_line, dict(abar=alpha**2, x_ddpm=on_circle["x"])),
+        "SD3": (dict(sigma=1 - t, v=eps - z), dict(t=t, u=u)),
+        "their shift": (dict(s=3.0, sigma=0.5), dict(sigma=0.75)),
+        "flow_matching": (dict(t=t, u=u), dict(t=t, u=u)),
+        "a score network": (on_line | dict(score=-eps / (1 - t)), dict(u=u)),
+        "Ho & Salimans": (dict(w_hs=2.0), dict(w=3.0)),
+        "the time k": (dict(k=250, T=1000), dict(t=0.75)),
+    }
+    assert len(rows) == len(theirs)
+    for (name, code), (key, (given, expected)) in zip(rows, theirs.items()):
+        assert name.startswith(key)
+        space = dict(given)
+        exec(code, space)
+        for letter, value in expected.items():
+            close(space[letter], value, 1e-9)
+
+
 @pytest.mark.parametrize("section", SECTIONS, ids=[text.splitlines()[0] for text in SECTIONS])
 def test_a_clone_is_changed_as_printed(folder, section):
-    """A new file, lines at the end of a file, or an entry of a dict."""
+    """A new file, lines at the end of a file, another line, or an entry of a dict."""
     for part in Path(ROOT).glob("*.py"):
         shutil.copy(part, folder)
     for part in ("support", "chapters"):
@@ -142,11 +211,16 @@ def test_a_clone_is_changed_as_printed(folder, section):
     (folder / "weights").symlink_to(f"{ROOT}/weights")
     for block in blocks_of(section, "python"):
         head, code = block.split("\n", 1)
-        name, place = re.fullmatch(r"# (\S+), (.*)", head).groups()
+        found = re.fullmatch(r"# (\S+\.py), (.*)", head)
+        if not found:
+            continue
+        name, place = found.groups()
         file = folder / name
         text = file.read_text(encoding="utf-8") if file.exists() else ""
         if place in ("a new file", "at the end"):
             text += code
+        elif place.startswith("instead of"):    # the line that begins so
+            text = re.sub(rf"^{place.split()[-1]} = .*\n", code, text, flags=re.MULTILINE)
         else:                                   # in NAME: its first entry
             line = re.search(rf"^{place.removeprefix('in ')} = {{.*\n", text, re.MULTILINE).group()
             text = text.replace(line, line + code)
