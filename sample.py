@@ -13,7 +13,7 @@ from support.checkpoint import autocast
 from support.command import Progress, execute
 from support.picture import panel
 from support.sampling import (Noise, arrange, choose_labels, find_judge, find_way, load_model,
-                              parse_options, report, say_what_is_odd, to_images, write)
+                              name_rows, parse_options, report, say_what_is_odd, to_images, write)
 
 CHUNK = 100     # samples computed at once
 
@@ -55,7 +55,8 @@ def main(argv=None):
     for w in options.w:
         images = draw_images(draw, net, vae, y, w, options)
         report(w, images, y, judge, config["real_diversity"])
-        panels.append(panel(arrange(images, y).cpu().numpy(), f"w = {w:g}"))
+        names = () if panels else name_rows(y)  # at the first panel alone
+        panels.append(panel(arrange(images, y).cpu().numpy(), f"w = {w:g}", names))
     write(options.out, panels, images, y)
     print(f"wrote {options.out}: {len(panels) * len(y)} samples, {options.steps} steps of "
           f"{options.sampler}, {time.monotonic() - began:.1f} s")

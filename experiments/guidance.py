@@ -135,11 +135,13 @@ def scales(measures, n, scales=(0, 0.5, 1, 1.5, 2, 3, 5, 8)):
     show("real digits", real)
     panels = []
     for key in ("label accuracy", "Frechet", "diversity", "CAS"):
-        marks = [plots.line([0, 8], [real[key]] * 2, colour="#aaa")]
+        legend = key == "diversity"             # where there is room
+        marks = [plots.line([0, 8], [real[key]] * 2, "#999", "real digits" if legend else "")]
         values = [real[key]]
-        for colour, (ws, rows) in zip(plots.COLOURS, curves.values()):
+        for colour, (way, (ws, rows)) in zip(plots.COLOURS, curves.items()):
             heights = [row[key] for row in rows]
-            marks += [plots.line(ws, heights, colour), plots.dots(ws, heights, colour)]
+            marks.append(plots.line(ws, heights, colour, way if legend else ""))
+            marks.append(plots.dots(ws, heights, colour))
             values += heights
         margin = (max(values) - min(values)) / 20
         panels.append(plots.axes(marks, (0, 8), (min(values) - margin, max(values) + margin), key,

@@ -2,7 +2,7 @@
 
 grid:       digits of the shipped U-Net at w = 1, 3, 5, a row a label, the last row without label
 strip:      a row is one label and noise, a column one w
-price:      twenty of each label at w = 3, from the same noise: Algorithm 8, then an interval
+price:      ten of each label at w = 3, from the same noise: Algorithm 8, an interval; real digits
 away:       fours and sevens of w = 3 and, from the same noise, away from 9 and from 1
 trajectory: x_t, the end that it implies, and where the label makes a difference, over t
 moving:     noise becomes digits, w = 1 and w = 3
@@ -27,7 +27,7 @@ from experiments import plots
 from experiments.measures import draw
 from support import checkpoint, picture
 from support.command import Parser, execute, write_whole
-from support.mnist import to_bytes
+from support.mnist import load, to_bytes
 from support.sampling import Noise
 
 HERE = Path(__file__).parent.parent
@@ -47,18 +47,24 @@ def grid():
 
 def strip(scales=(0, 1, 1.5, 2, 3, 5, 8)):
     columns = [draw(UNET, w, 10)[0][:, 0] for w in scales]              # (10, 32, 32) each
-    panels = [picture.panel(column[:, None].numpy(), f"{w:g}")
+    panels = [picture.panel(column[:, None].numpy(), f"w={w:g}", "0123456789" if w == 0 else "")
               for w, column in zip(scales, columns)]
     write("strip.png", picture.png(np.hstack(panels)))
 
 
 def price():
+    _, _, test_digits, labels = load()
+    real = torch.stack([test_digits[labels == label][:10, 0] for label in range(10)])
+    columns = {
+        "algorithm 8   w = 3": draw(UNET, 3, 100)[0],
+        "interval .26 - .78   w = 3": draw(UNET, 3, 100, "--interval", 0.26, 0.78)[0],
+        "real digits": real.transpose(0, 1),
+    }
     panels = []
-    for title, options in (("w = 3", ()), ("w = 3   t = 0.26 - 0.78", ("--interval", 0.26, 0.78))):
-        images = draw(UNET, 3, 200, *options)[0][:, 0]
-        grid = images.view(20, 10, 32, 32).transpose(0, 1)              # a row a label
-        panels.append(picture.panel(grid.numpy(), title))
-    write("price.png", picture.png(np.vstack(panels)))
+    for title, images in columns.items():
+        grid = images.reshape(10, 10, 32, 32).transpose(0, 1)           # a row a label
+        panels.append(picture.panel(grid.numpy(), title, "" if panels else "0123456789"))
+    write("price.png", picture.png(np.hstack(panels)))
 
 
 def away():
@@ -66,7 +72,8 @@ def away():
     for label, other in ((4, 9), (7, 1)):
         towards = draw(UNET, 3, 12, "--label", label)[0][:, 0]
         away = draw(UNET, 3, 12, "--label", label, "--away-from", other)[0][:, 0]
-        panels.append(picture.panel(torch.stack([towards, away]).numpy(), f"{label}"))
+        names = [f"{label}", f"{label} away from {other}"]
+        panels.append(picture.panel(torch.stack([towards, away]).numpy(), "w = 3", names))
     write("away.png", picture.png(np.vstack(panels)))
 
 
@@ -93,7 +100,8 @@ def trajectory(w=3, steps=20):
         difference = net(x, t, y) - net(x, t, torch.full_like(y, NULL))
         rows = [to_bytes(x), to_bytes(guess), to_bytes(2 * difference.abs() - 1)]
         images = torch.stack(rows, dim=1).flatten(0, 2)                 # (12, 32, 32)
-        columns.append(picture.panel(images[:, None].numpy(), f"{t:.1f}" if t else "t=0"))
+        names = () if columns else ["x", "predicted z", "label counts"] * 4
+        columns.append(picture.panel(images[:, None].numpy(), f"{t:.1f}" if t else "t = 0", names))
     write("trajectory.png", picture.png(np.hstack(columns)))
 
 
@@ -104,9 +112,9 @@ def moving(steps=24):
     for w in (1, 3):
         frames = [to_bytes(x).view(2, 10, 32, 32) // 17 * 17 for _, _, x in follow(w, y, steps)]
         panels.append([picture.panel(frame.numpy(), f"w = {w:g}") for frame in frames[::2]])
-    frames = [np.vstack(pair) for pair in zip(*panels)]
-    seconds = [0.15] * (len(frames) - 1) + [2.5]
-    write("moving.png", plots.animated_png(frames, seconds))
+    *frames, last = [np.vstack(pair) for pair in zip(*panels)]
+    seconds = [2.5] + [0.15] * len(frames)      # digits first, where a viewer shows one frame only
+    write("moving.png", plots.animated_png([last, *frames], seconds))
 
 
 # ---------------------------------------------------------------- the oracle
@@ -139,11 +147,12 @@ def arrows(w=3, t=0.3, x=(0.9, 0.2)):
     uncond = TRIANGLE.u(oracle.PATH, point, t, torch.tensor([NULL]))
     fields = [("u(x | null)", uncond, "#444"), ("u(x | y)", cond, plots.COLOURS[0]),
               (f"guided, w = {w}", guide(cond, uncond, w), plots.COLOURS[1])]
-    marks = [plots.dots(*cloud.T.tolist(), colour="#ddd")]
+    marks = [plots.dots(*cloud.T.tolist(), colour="#ddd"),
+             plots.dots([], [], "#999", "all data at that t")]          # for the legend
     for name, u, colour in reversed(fields):
         marks.append(plots.arrow(x, (point + u / 3)[0].tolist(), colour, name))
     marks.append(plots.dots(*[[c] for c in x], colour="#000"))
-    panel = plots.axes(marks, (-1.65, 1.65), (-1.2, 1.8), f"one point x at t = {t}, y at the top")
+    panel = plots.axes(marks, (-1.9, 1.9), (-1.2, 2.25), f"at one x, t = {t}; y is the top class")
     write("arrows.svg", plots.svg([panel]).encode())
 
 
@@ -180,7 +189,7 @@ def aim(w=3, n=10000, steps=200):
 
         way(note)
         marks.append(plots.line(times, means, colour, name))
-    panel = plots.axes(marks, (0, 1), (0, 4.2), "mean over alpha, w = 3", "t")
+    panel = plots.axes(marks, (0, 1), (0, 4.2), "w = 3", "t", "mean of x, divided by alpha(t)")
     write("aim.svg", plots.svg([panel]).encode())
 
 
@@ -189,8 +198,8 @@ def loss(bin=50):
     _, values = np.loadtxt(HERE / "weights/unet.csv", delimiter=",", skiprows=1).T
     means = values[:len(values) // bin * bin].reshape(-1, bin).mean(axis=1)
     steps = bin * (np.arange(len(means)) + 0.5)
-    panel = plots.axes([plots.line(steps, means)], (0, len(values)), (0, 0.4),
-                       "shipped U-Net", "step", "loss")
+    panel = plots.axes([plots.line(steps / 1000, means)], (0, len(values) / 1000), (0, 0.4),
+                       "training of the shipped U-Net", "thousand steps", "loss")
     write("loss.svg", plots.svg([panel]).encode())
 
 

@@ -67,7 +67,8 @@ def axes(marks, x_range, y_range, title, x_label="", y_label=""):
     out.append(write(y_label, 13, middle, f'transform="rotate(-90 13 {middle:.0f})"'))
     for mark in marks:
         points = [place(x, y) for x, y in zip(mark["xs"], mark["ys"])]
-        inside = [p for p in points if TOP <= p[1] <= bottom]
+        inside = [(x, y) for x, y in points
+                  if TOP <= y <= bottom and LEFT <= x <= LEFT + WIDTH]
         end = "h0" if mark["step"] == "M" else ""           # a stroke of length 0 is a dot
         steps = "".join(f"{mark['step']}{x:.1f} {y:.1f}{end}" for x, y in inside)
         style = f'stroke="{mark["colour"]}" stroke-width="{mark["width"]}"'
@@ -94,7 +95,7 @@ def animated_png(frames, seconds):
     """Frames (H, W) uint8, each shown for so many seconds, over and over, as a PNG file."""
     H, W = frames[0].shape
     out = SIGNATURE + header(H, W) + chunk(b"acTL", struct.pack(">II", len(frames), 0))
-    out += chunk(b"IDAT", compress(frames[-1]))             # for viewers that do not animate
+    out += chunk(b"IDAT", compress(frames[0]))              # for viewers that do not animate
     for k, (frame, delay) in enumerate(zip(frames, seconds)):
         numbers = 2 * k, 2 * k + 1              # fcTL and fdAT are counted together
         out += chunk(b"fcTL", struct.pack(">IIIIIHHBB", numbers[0], W, H, 0, 0,

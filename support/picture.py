@@ -1,48 +1,35 @@
-"""A grey PNG of images, in panels under titles."""
+"""A grey PNG of images, in panels under titles, their rows with names."""
 import struct
 import zlib
 
 import numpy as np
 
-FONT = {        # what "w = 1.5" and "t = 0.5" need: rows of dots, from the top; all are 5 high
-    "0": "### #.# #.# #.# ###",
-    "1": ".#. ##. .#. .#. ###",
-    "2": "### ..# ### #.. ###",
-    "3": "### ..# ### ..# ###",
-    "4": "#.# #.# ### ..# ..#",
-    "5": "### #.. ### ..# ###",
-    "6": "### #.. ### #.# ###",
-    "7": "### ..# ..# .#. .#.",
-    "8": "### #.# ### #.# ###",
-    "9": "### #.# ### ..# ###",
-    ".": "... ... ... ... .#.",
-    "-": "... ... ### ... ...",
-    "+": "... .#. ### .#. ...",
-    "=": "... ### ... ### ...",
-    "e": "### #.. ##. #.. ###",
-    "t": ".#. ### .#. .#. .##",
-    "w": "#...# #...# #.#.# #.#.# .#.#.",
-    " ": "... ... ... ... ...",
+# Characters of 3 x 5 dots: a digit for each row from the top, its bits the dots.
+FONT = {
+    "0": "75557", "1": "26227", "2": "71747", "3": "71717", "4": "55711", "5": "74717",
+    "6": "74757", "7": "71222", "8": "75757", "9": "75717", " ": "00000", ".": "00002",
+    ",": "00024", "-": "00700", "+": "02720", "=": "07070",
+    "a": "25755", "b": "65656", "c": "34443", "d": "65556", "e": "74647", "f": "74644",
+    "g": "34553", "h": "55755", "i": "72227", "j": "11152", "k": "55655", "l": "44447",
+    "m": "57755", "n": "65555", "o": "25552", "p": "65644", "q": "25563", "r": "65655",
+    "s": "34216", "t": "72222", "u": "55557", "v": "55552", "w": "55775", "x": "55255",
+    "y": "55222", "z": "71247",
 }
 DOT = 2         # pixels a dot is wide
 LINE = 16       # pixels a line of text is high
-MARGIN = 4      # pixels to its left
-
-
-def character(c):
-    """The dots of a character and a column of space: (5, width + 1) of 0 and 1."""
-    rows = FONT[c].split()
-    return np.array([[dot == "#" for dot in row + "."] for row in rows])
+MARGIN = 4      # pixels around text
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+MARK = b"Software\0cfg_min"      # of our pictures, which may be replaced
 
 
 def text(string):
-    """string in white dots, (10, W) uint8; most characters are 8 pixels wide."""
-    dots = np.hstack([character(c) for c in string])
-    return np.kron(dots, np.full((DOT, DOT), 255)).astype(np.uint8)
-
-
-SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MARK = b"Software\0cfg_min"      # of our pictures, which may be replaced
+    """string in white dots, (LINE, W) uint8; a character is 8 pixels wide, capitals are small."""
+    rows = np.array([[int(row) for row in FONT[c]] for c in string.lower()])     # (C, 5)
+    dots = rows[:, :, None] >> np.array([2, 1, 0]) & 1      # (C, 5, 3)
+    dots = np.pad(dots, ((0, 0), (0, 0), (0, 1)))           # a column of space
+    line = dots.transpose(1, 0, 2).reshape(5, -1)           # (5, 4 C)
+    line = np.kron(line, np.full((DOT, DOT), 255)).astype(np.uint8)
+    return np.pad(line, ((3, LINE - 3 - len(line)), (MARGIN, 0)))
 
 
 def chunk(kind, data):
@@ -68,13 +55,20 @@ def png(grey):
             + chunk(b"IEND", b""))
 
 
-def panel(grid, title):
-    """Images (R, C, 32, 32) uint8 in rows, in a frame under a title: (H, W) uint8."""
+def panel(grid, title, names=()):
+    """Images (R, C, 32, 32) uint8 in rows, in a frame under a title: (H, W) uint8.
+
+    names: of the rows, at their left.
+    """
     R, C = grid.shape[:2]
     image = grid.transpose(0, 2, 1, 3).reshape(32 * R, 32 * C)
-    dots = text(title)                          # (10, W)
-    width = max(32 * C, MARGIN + dots.shape[1])
-    out = np.zeros((LINE + 32 * R, width), grid.dtype)      # png takes uint8 alone
-    out[3:3 + dots.shape[0], MARGIN:MARGIN + dots.shape[1]] = dots
-    out[LINE:, :32 * C] = image
-    return np.pad(out, 4, constant_values=96)
+    if names:
+        texts = [text(name) for name in names]
+        left = np.zeros((32 * R, MARGIN + max(line.shape[1] for line in texts)), np.uint8)
+        for k, line in enumerate(texts):
+            left[32 * k + 8:32 * k + 24, -MARGIN - line.shape[1]:-MARGIN] = line
+        image = np.hstack([left, image])
+    head = text(title)
+    width = max(image.shape[1], head.shape[1])
+    rows = [np.pad(part, ((0, 0), (0, width - part.shape[1]))) for part in (head, image)]
+    return np.pad(np.vstack(rows), 4, constant_values=96)

@@ -254,6 +254,12 @@ def arrange(images, y):
     return images.view(-1, R, 32, 32).transpose(0, 1)
 
 
+def name_rows(y):
+    """The label of each row of that grid."""
+    rows = y[y != NULL][:10].tolist() + [NULL] * (NULL in y)
+    return ["no label" if label == NULL else str(label) for label in rows]
+
+
 def write(out, panels, images, y):
     """The figure of all panels, or an .npz of images (N, 32, 32) uint8 and labels (N,) int64."""
     if out.endswith(".png"):

@@ -130,13 +130,17 @@ def test_the_figure_has_a_panel_a_scale_and_a_row_a_label(run, loud):
     for w in (1, 3):
         images, _ = draw(run, f"{line} --w {w} --n 20")
         grid = [[images[r], images[10 + r]] for r in range(10)]
-        panels.append(picture.panel(np.array(grid, np.uint8), f"w = {w}"))
+        names = "0123456789" if w == 1 else ""
+        panels.append(picture.panel(np.array(grid, np.uint8), f"w = {w}", names))
     assert run(f"sample.py {line} --w 1 3 --n 20 --out a.png") == 0
     assert Path("a.png").read_bytes() == picture.png(np.hstack(panels))
     y = choose_labels(sampling.parse_options(["--w", "1"]))
     assert torch.equal(y, torch.cat([torch.arange(100) % 10, torch.full((10,), NULL)]))
     grid = arrange(torch.arange(110)[:, None, None].expand(-1, 32, 32), y)
     assert torch.equal(grid[10, :, 0, 0], torch.arange(100, 110))
+    assert sampling.name_rows(y) == [*"0123456789", "no label"]
+    assert sampling.name_rows(torch.full((3,), NULL)) == ["no label"]
+    assert sampling.name_rows(torch.full((20,), 7)) == ["7"] * 10
 
 
 def test_the_report_is_of_the_samples_as_the_classifier_sees_them(run, loud, capsys):
