@@ -5,21 +5,17 @@ import zlib
 import numpy as np
 
 # Characters of 3 x 5 dots: a digit for each row from the top, its bits the dots.
-FONT = {
-    "0": "75557", "1": "26227", "2": "71747", "3": "71717", "4": "55711", "5": "74717",
-    "6": "74757", "7": "71222", "8": "75757", "9": "75717", " ": "00000", ".": "00002",
-    ",": "00024", "-": "00700", "+": "02720", "=": "07070",
-    "a": "25755", "b": "65656", "c": "34443", "d": "65556", "e": "74647", "f": "74644",
-    "g": "34553", "h": "55755", "i": "72227", "j": "11152", "k": "55655", "l": "44447",
-    "m": "57755", "n": "65555", "o": "25552", "p": "65644", "q": "25563", "r": "65655",
-    "s": "34216", "t": "72222", "u": "55557", "v": "55552", "w": "55775", "x": "55255",
-    "y": "55222", "z": "71247",
-}
+CHARACTERS = "0123456789 .,-+=abcdefghijklmnopqrstuvwxyz"
+DOTS = """
+    75557 26227 71747 71717 55711 74717 74757 71222 75757 75717 00000 00002 00024 00700
+    02720 07070 25755 65656 34443 65556 74647 74644 34553 55755 72227 11152 55655 44447
+    57755 65555 25552 65644 25563 65655 34216 72222 55557 55552 55775 55255 55222 71247
+"""
+FONT = dict(zip(CHARACTERS, DOTS.split()))
 DOT = 2         # pixels a dot is wide
 LINE = 16       # pixels a line of text is high
 MARGIN = 4      # pixels around text
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
-MARK = b"Software\0cfg_min"      # of our pictures, which may be replaced
 
 
 def text(string):
@@ -51,8 +47,7 @@ def compress(grey):
 
 def png(grey):
     """(H, W) uint8 as an 8-bit grey PNG file; W3C, PNG."""
-    return (SIGNATURE + header(*grey.shape) + chunk(b"tEXt", MARK) + chunk(b"IDAT", compress(grey))
-            + chunk(b"IEND", b""))
+    return SIGNATURE + header(*grey.shape) + chunk(b"IDAT", compress(grey)) + chunk(b"IEND", b"")
 
 
 def panel(grid, title, names=()):

@@ -71,7 +71,7 @@ def parse_options(argv=None):
         help="the label that guidance leads away from (null)")
     add("--seed", type=seed, default=0, help="of all that is random (0)")
     add("--out", type=file_name, default="samples.png", metavar="FILE.png|FILE.npz",
-        help="where the samples go (samples.png)")
+        help="where the samples go; a picture there is replaced (samples.png)")
     add_device(p)
     options = p.parse_args(argv)
     check(options, p.error)
@@ -271,16 +271,16 @@ def write(out, panels, images, y):
 
 
 def check_out(out):
-    """Raise BadInput where --out cannot be written, or holds anything that this does not write."""
+    """Raise BadInput where --out cannot be written; a PNG is replaced, and an .npz of samples."""
     try_place(out)
     if not Path(out).exists():
         return
     if out.endswith(".png"):
-        ours = picture.MARK in Path(out).read_bytes()[:200]
+        ours = Path(out).read_bytes()[:8] == picture.SIGNATURE
     else:
         ours = holds_samples(out)
     if not ours:
-        raise BadInput(f"--out {out} holds something else than samples: choose another name")
+        raise BadInput(f"--out {out} holds neither a PNG nor samples: choose another name")
 
 
 def holds_samples(file):

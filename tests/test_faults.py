@@ -46,7 +46,7 @@ SAMPLE = "sample.py --w 1 --n 2 --steps 1"
         ("--label seven", "null"), ("--sampler gibbs --steps 1", "--steps"),
         ("--label 3 --away-from 3", "the same"), ("--out a.jpg", ".png"),
         ("--out other.npz", "other.npz"), ("--out text.png", "text.png"),
-        ("--out photo.png", "photo.png"), ("--out wide.npz", "wide.npz"),
+        ("--out wide.npz", "wide.npz"),
         ("--device mkldnn", "try --device cpu"), ("--ckpt broken.pt", "not finite"),
         ("--w 1 3 --out a.npz", "one --w"), ("--device cuda:99", "try --device cpu"))
 ])
@@ -57,7 +57,6 @@ def test_what_cannot_be_used_is_one_line_that_says_what_to_do(run, few, unet, ca
     for name in ("text.pt", "note.csv", "text.png"):
         Path(name).write_text("mine")
     os.mkfifo("pipe.csv")
-    Path("photo.png").write_bytes(b"\x89PNG\r\n\x1a\n and so on")
     Path("lost.pt").symlink_to("/proc/lost/a.pt")
     np.savez("other.npz", mine=np.arange(3))
     np.savez("wide.npz", images=np.zeros((3, 64, 64)), labels=np.arange(3))
