@@ -68,7 +68,7 @@ def vae_loss(net, x, std=0.1):
 
     p(x|latent) = N(decode(latent), std^2 I). So this is the squared error of a pixel plus a light
     KL; the constant of log p is left out. Kingma & Welling 2014. Rombach et al. 2022 have a light
-    KL as well, but a perceptual and an adversarial loss instead of the squared error.
+    KL as well, but an absolute error, beside a perceptual and an adversarial loss.
     """
     eps = torch.randn(len(x), 4, 8, 8, dtype=x.dtype, device=x.device)
     recon, mean, log_var = net(x, eps)

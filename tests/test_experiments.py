@@ -4,6 +4,7 @@ The fields are exact: a mixture of chapters.oracle, float64, on CondOT.
 """
 import re
 from functools import partial
+from inspect import signature
 
 import numpy as np
 import pytest
@@ -14,6 +15,8 @@ from test_cfg import close, labels
 from cfg_min import NULL, guided_field
 from chapters import rules
 from chapters.oracle import Mixture
+from chapters.samplers import gibbs
+from chapters.vae import vae_loss
 from experiments import guides, measures, plots
 from paths import CondOT
 
@@ -58,6 +61,13 @@ def test_a_rule_is_a_number_where_a_field_is_0(guide):
     zero = torch.zeros(2, 3).double()
     for cond, uncond in ((X[:2], zero), (zero, X[:2]), (zero, zero)):
         assert guide(cond, uncond, zero, 0.5, 3.0).isfinite().all()
+
+
+@pytest.mark.parametrize("function, name, value", [
+    (rules.apg, "radius", 2.5), (rules.rescale, "phi", 0.7), (rules.cfg_zero_star, "start", 0.04),
+    (gibbs, "middle", 0.5), (vae_loss, "std", 0.1)])
+def test_constants_are_those_that_the_documents_name(function, name, value):
+    assert signature(function).parameters[name].default == value
 
 
 def test_an_interval_holds_its_ends_though_t_is_rounded():

@@ -127,6 +127,7 @@ def test_fields_are_finite_where_a_solver_may_ask(path, t, kind, x):
     for field in (DataField(net, path, 0.98), EpsField(net, path, 0.98, bound=1.0)):
         assert field(x.to(kind), t, MANY).isfinite().all()
     assert DDPM().beta(double(1.000001)) == 0
+    close(DDPM().d_beta(double(1.0)), -1000 * DDPM().d_alpha(double(1.0)))      # not infinite
 
 
 # ---------------------------------------------------------------- shapes
