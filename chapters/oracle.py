@@ -166,7 +166,7 @@ def wide_noise(t, path=PATH):
     return math.sqrt(8 * value_at(path.beta, t))
 
 
-def repaired_sde(net, x, y, w, steps, path=PATH, sigma=wide_noise, until=1.0):
+def repaired_sde(net, x, y, w, steps, path=PATH, sigma=wide_noise):
     """Guided samples that follow the tilted distribution: sequential Monte Carlo on the guided SDE.
 
     The guided SDE alone does not give the tilted distribution. So each sample gets a weight, whose
@@ -176,17 +176,16 @@ def repaired_sde(net, x, y, w, steps, path=PATH, sigma=wide_noise, until=1.0):
             = b_t w (w - 1) |s_t(x|y) - s_t(x)|^2 dt.
 
     Where the effective sample size falls below half, and at the end, samples are resampled by their
-    weights. After t = until no weight is added. Samples are those of one label.
+    weights. Samples are those of one label.
     Skreta et al. 2025, arXiv 2503.02819.
     """
     log_weight = torch.zeros(len(x)).to(x)
     for t, s in times(steps):
         cond = guided_field(net, x, t, y, 1)
         uncond = guided_field(net, x, t, y, 0)
-        if t < until:
-            scores = path.u_to_score(cond, x, t) - path.u_to_score(uncond, x, t)
-            rate = w * (w - 1) * ((cond - uncond) * scores).flatten(1).sum(dim=1)
-            log_weight = log_weight + (s - t) * rate
+        scores = path.u_to_score(cond, x, t) - path.u_to_score(uncond, x, t)
+        rate = w * (w - 1) * ((cond - uncond) * scores).flatten(1).sum(dim=1)
+        log_weight = log_weight + (s - t) * rate
         u = guide(cond, uncond, w)
         x = euler_maruyama_step(lambda x, t: u, x, t, s, path, sigma)
         weight = log_weight.softmax(dim=0)

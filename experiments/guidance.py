@@ -7,8 +7,6 @@ when:     w = 3 in one part of the time, w = 1 in the others
 between:  w between 0 and 1: how many samples lie between the classes
 cas:      what a classifier learns from real digits and from samples, by their number
 classify: the shipped U-Net as a classifier of real test digits
-resampling:   the guided SDE with and without resampling (chapters/oracle.py), 64 of a label
-autoguidance: errors of a strong and a weak network where the truth is known, in the plane
 """
 import math
 import statistics
@@ -16,16 +14,13 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 
-from cfg_min import NULL, cfg_cfm_loss
 from chapters.classifier import likelihood_weight, measure_label_errors
-from chapters.oracle import PATH, TRIANGLE, repaired_sde
+from chapters.oracle import PATH
 from experiments import plots
 from experiments.measures import Measures, count_calls, draw, show, show_head
 from support import checkpoint, mnist
 from support.command import HERE, Parser, execute, number, write_whole
-from support.training import rise_and_fall
 
 UNET = "weights/unet.pt"
 SEEDS = 0, 1, 2
@@ -197,85 +192,8 @@ def classify(measures, n, draws=(1, 4, 10, 20)):
                 print(f"{name:36s} {k + 1:3d} draws {100 * right:.1f} %", flush=True)
 
 
-@torch.no_grad()
-def resampling(measures, n, steps=100, until=0.8):
-    """Groups of 64 samples of a label, sigma^2 = 2 beta; weights count until t = 0.8.
-
-    n is not used.
-    """
-    net, _ = checkpoint.load(UNET)
-    y = torch.arange(10).repeat_interleave(64)
-    real = measures(measures.real_digits(y), y)
-    show_head(measures, real, y)
-    for w in (1.5, 3):
-        for name, last in (("guided SDE", 0.0), ("resampled", until)):
-            torch.manual_seed(0)
-            with checkpoint.autocast(y.device):
-                x = [repaired_sde(net, torch.randn(64, 1, 32, 32), group, w, steps, until=last,
-                                  sigma=lambda t: math.sqrt(2 * (1 - t))) for group in y.split(64)]
-            images = mnist.to_bytes(torch.cat(x))
-            show(f"w = {w:g}  {name}", measures(images, y))
-
-
-class PointNet(nn.Module):
-    """The README's network: u_t(x|y), x (B, 2)."""
-
-    def __init__(self, width):
-        super().__init__()
-        self.label = nn.Embedding(NULL + 1, width)
-        self.layers = nn.Sequential(nn.Linear(3 + width, width), nn.SiLU(),
-                                    nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 2))
-
-    def forward(self, x, t, y):
-        return self.layers(torch.cat([x, t[:, None], self.label(y)], dim=1))
-
-
-def train_in_plane(width, steps, seed):
-    """A network of three Gaussians in the plane."""
-    torch.manual_seed(seed)
-    net = PointNet(width)
-    optimizer = torch.optim.AdamW(net.parameters(), 2e-3)
-    schedule = rise_and_fall(optimizer, 2e-3, steps)
-    for _ in range(steps):
-        y = torch.randint(3, (256,))
-        z = TRIANGLE.mu[y].float() + 0.5 * torch.randn(256, 2)
-        loss = cfg_cfm_loss(net, PATH, z, y)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    return net
-
-
-def autoguidance(measures, n, points=60000):
-    """The guided error is e_s + (w - 1) (e_s - e_w): its size, and the w of least size.
-
-    n is not used.
-    """
-    for seed in SEEDS:
-        strong = train_in_plane(128, 3000, seed)
-        for width, steps in ((128, 300), (16, 3000), (8, 3000)):
-            weak = train_in_plane(width, steps, seed + 100)
-            torch.manual_seed(0)
-            y = torch.randint(3, (points,))
-            z = TRIANGLE.mu[y].float() + 0.5 * torch.randn(points, 2)
-            t = torch.rand(points)
-            x = PATH.sample(z, torch.randn(points, 2), t)
-            exact = TRIANGLE.u(PATH, x, t, y)
-            with torch.no_grad():
-                e_s, e_w = strong(x, t, y) - exact, weak(x, t, y) - exact
-            d = e_s - e_w
-            best = 1 - (e_s * d).sum() / d.square().sum()
-            sizes = [(e_s + (w - 1) * d).square().mean().sqrt().item() for w in (1, 1.1, 1.5, 3)]
-            correlation = (e_s * e_w).sum() / (e_s.norm() * e_w.norm())
-            print(f"seed {seed}, weak: width {width}, {steps} steps: error "
-                  f"{e_w.square().mean().sqrt():.3f}, correlation {correlation:.2f}, best w "
-                  f"{best:.2f}; guided error at w = 1, 1.1, 1.5, 3: "
-                  + " ".join(f"{s:.3f}" for s in sizes), flush=True)
-
-
 PARTS = {"scales": scales, "price": price, "others": others, "when": when, "between": between,
-         "cas": cas, "classify": classify, "resampling": resampling, "autoguidance": autoguidance}
+         "cas": cas, "classify": classify}
 
 
 def main(argv=None):

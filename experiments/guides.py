@@ -1,18 +1,12 @@
-"""A table of published rules of guidance (chapters/rules.py): `python -m experiments.guides`.
-
-Autoguidance needs a weaker network, of a training that is stopped early:
-
-    python train.py --arch unet --predict z --times logit-normal --steps 750 --out runs/weak.pt
-    python -m experiments.guides --weak runs/weak.pt
-"""
+"""A table of published rules of guidance (chapters/rules.py): `python -m experiments.guides`."""
 import sys
 from functools import partial
 
 import torch
 
 from cfg_min import NULL, euler
-from chapters.rules import (apg, autoguidance, cfg, cfg_plus_plus, cfg_zero_star, interval, lam_of,
-                            rescale, rising)
+from chapters.rules import (apg, cfg, cfg_plus_plus, cfg_zero_star, interval, lam_of, rescale,
+                            rising)
 from experiments.measures import Measures, show, show_head
 from sample import CHUNK
 from support import checkpoint, mnist
@@ -32,26 +26,19 @@ def draw_guided(field, y, steps):
     return torch.cat(images)
 
 
-def rows_of(net, weak, h):
-    """The rows of the table: name, rule, its second field. h is the step of Euler's method."""
-    def unconditional(x, t, y):
-        return net(x, t, torch.full_like(y, NULL))
-
+def rules_of(h):
+    """{name: rule(cond, uncond, x, t, w)}. h is the step of Euler's method."""
     def cfg_plus_plus_of_mean(cond, uncond, x, t, w):
         return cfg_plus_plus(cond, uncond, x, t, lam_of(w, h), h)
 
-    rows = [
-        ("CFG", cfg, unconditional),
-        ("interval", interval, unconditional),
-        ("rising scale", rising, unconditional),
-        ("CFG++", cfg_plus_plus_of_mean, unconditional),
-        ("rescale", rescale, unconditional),
-        ("APG", apg, unconditional),
-        ("CFG-Zero*", cfg_zero_star, unconditional),
-    ]
-    if weak:
-        rows.append(("autoguidance", autoguidance, weak))
-    return rows
+    return {"CFG": cfg, "interval": interval, "rising scale": rising,
+            "CFG++": cfg_plus_plus_of_mean, "rescale": rescale, "APG": apg,
+            "CFG-Zero*": cfg_zero_star}
+
+
+def field_of_rule(net, rule, x, t, y, w):
+    """u of a rule: it makes one field of u_t(x|y) and u_t(x|null)."""
+    return rule(net(x, t, y), net(x, t, torch.full_like(y, NULL)), x, t, w)
 
 
 def parse(argv=None):
@@ -62,7 +49,6 @@ def parse(argv=None):
     p.add_argument("--w", type=number(float, -1e3, 1e3), nargs="+", default=(1.5, 3.0, 8.0),
                    help="scales (1.5 3 8)")
     p.add_argument("--ckpt", default="weights/unet.pt", metavar="FILE.pt")
-    p.add_argument("--weak", metavar="FILE.pt", help="a weaker network, for autoguidance")
     return p.parse_args(argv)
 
 
@@ -78,15 +64,12 @@ def load_generator(file):
 def main(argv=None):
     options = parse(argv)
     net = load_generator(options.ckpt)
-    weak = None if options.weak is None else load_generator(options.weak)
     y = torch.arange(options.n) % 10
     measures = Measures(asked=[y])
     print(f"{options.n} digits in {options.steps} steps of Euler's method")
     for w in options.w:
-        for name, rule, second in rows_of(net, weak, 1 / options.steps):
-            def field(x, t, y):
-                return rule(net(x, t, y), second(x, t, y), x, t, w)
-
+        for name, rule in rules_of(1 / options.steps).items():
+            field = partial(field_of_rule, net, rule, w=w)
             images = draw_guided(field, y, options.steps)
             row = measures(images, y)
             row["white pixels"] = 100 * (images == 255).double().mean().item()
