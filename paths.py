@@ -56,7 +56,7 @@ def per_sample(value, *alike):
     return value.expand(x.shape[0]).view(-1, *[1] * (x.ndim - 1))
 
 
-def like(x, value):
+def cast_like(x, value):
     """value in the type of x, since factors are wide; where x holds integers, as it is."""
     return value.to(x.dtype) if x.is_floating_point() else value
 
@@ -69,12 +69,12 @@ class GaussianPath:
     def sample(self, z, eps, t):
         """x = alpha z + beta eps: a draw from p_t(x|z) if eps is a draw from N(0, I)."""
         t = per_sample(t, z, eps)
-        return like(z, self.alpha(t) * z + self.beta(t) * eps)
+        return cast_like(z, self.alpha(t) * z + self.beta(t) * eps)
 
     def target(self, z, eps, t):
         """u_t(x|z) = alpha' z + beta' eps at x = alpha z + beta eps."""
         t = per_sample(t, z, eps)
-        return like(z, self.d_alpha(t) * z + self.d_beta(t) * eps)
+        return cast_like(z, self.d_alpha(t) * z + self.d_beta(t) * eps)
 
     # ------------------------------------------------ conversions
 
@@ -85,33 +85,33 @@ class GaussianPath:
     def u_to_data(self, u, x, t):
         """z = (beta u - beta' x) / D."""
         t = per_sample(t, x, u)
-        return like(x, (self.beta(t) * u - self.d_beta(t) * x) / self.D(t))
+        return cast_like(x, (self.beta(t) * u - self.d_beta(t) * x) / self.D(t))
 
     def u_to_eps(self, u, x, t):
         """eps = (alpha' x - alpha u) / D."""
         t = per_sample(t, x, u)
-        return like(x, (self.d_alpha(t) * x - self.alpha(t) * u) / self.D(t))
+        return cast_like(x, (self.d_alpha(t) * x - self.alpha(t) * u) / self.D(t))
 
     def u_to_score(self, u, x, t):
         """grad log p_t(x) = -eps / beta; infinite at t = 1."""
         eps = self.u_to_eps(u, x, t)
         t = per_sample(t, x)
-        return like(x, -eps / self.beta(t))
+        return cast_like(x, -eps / self.beta(t))
 
     def eps_to_u(self, eps, x, t):
         """u = (alpha' x - D eps) / alpha; 0/0 at alpha = 0, where eps = x whatever z is."""
         t = per_sample(t, x, eps)
-        return like(x, (self.d_alpha(t) * x - self.D(t) * eps) / self.alpha(t))
+        return cast_like(x, (self.d_alpha(t) * x - self.D(t) * eps) / self.alpha(t))
 
     def eps_to_data(self, eps, x, t):
         """z = (x - beta eps) / alpha; infinite at alpha = 0."""
         t = per_sample(t, x, eps)
-        return like(x, (x - self.beta(t) * eps) / self.alpha(t))
+        return cast_like(x, (x - self.beta(t) * eps) / self.alpha(t))
 
     def data_to_u(self, z, x, t):
         """u = (D z + beta' x) / beta, on CondOT (z - x) / (1 - t); 0/0 at t = 1, where x = z."""
         t = per_sample(t, x, z)
-        return like(x, (self.D(t) * z + self.d_beta(t) * x) / self.beta(t))
+        return cast_like(x, (self.D(t) * z + self.d_beta(t) * x) / self.beta(t))
 
     def a_b(self, t, x):
         """a = alpha'/alpha and b = (alpha' beta^2 - beta' beta alpha)/alpha; Lecture 4, FACT.
@@ -128,7 +128,7 @@ class GaussianPath:
         """u = a_t x + b_t score, for alpha > 0; Lecture 4, FACT."""
         require_same_shape(score, x)
         a, b = self.a_b(t, x)
-        return like(x, a * x + b * score)
+        return cast_like(x, a * x + b * score)
 
 
 class CondOT(GaussianPath):

@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cfg_min import NULL, call, guided_field
-from paths import like, per_sample
+from paths import cast_like, per_sample
 from unet import FEATURES, Encoder, ResidualStack, waves
 
 
@@ -76,7 +76,7 @@ def classifier_guided_field(net, classifier, path, x, t, y, w, null=NULL):
     u = guided_field(net, x, t, y, 0, null)     # u_t(x|null)
     _, b = path.a_b(t, x)
     gradient = classifier_gradient(classifier, x, t, y, null)
-    return like(x, u + per_sample(w, x) * b * gradient)
+    return cast_like(x, u + per_sample(w, x) * b * gradient)
 
 
 def measure_label_errors(net, path, z, t, eps, labels=NULL):
