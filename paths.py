@@ -52,7 +52,8 @@ def per_sample(value, *alike):
     wide = torch.promote_types(x.dtype, torch.float32)
     value = torch.as_tensor(value, dtype=wide, device=x.device)
     if value.ndim > 0 and value.shape != x.shape[:1]:
-        raise ValueError(f"shape {tuple(value.shape)}: expected a number or ({x.shape[0]},)")
+        raise ValueError(f"t or w of shape {tuple(value.shape)}: a number or ({x.shape[0]},) is "
+                         "expected")
     return value.expand(x.shape[0]).view(-1, *[1] * (x.ndim - 1))
 
 
