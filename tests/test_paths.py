@@ -160,7 +160,7 @@ REFUSED = {
     "net as a classifier": lambda: measure_label_errors(flat_net, PATH, IMAGES, Y / 2, IMAGES),
     "net and loss": lambda: cfg_cfm_loss(flat_net, PATH, IMAGES, Y),
     "net and DSM loss": lambda: cfg_dsm_loss(flat_net, PATH, IMAGES, Y),
-    "loss t 500": lambda: cfg_cfm_loss(tiny, PATH, IMAGES, Y, t=Y + 500.0),
+    "loss t 1.5": lambda: cfg_cfm_loss(tiny, PATH, IMAGES, Y, t=Y + 1.5),
     "loss t -1": lambda: cfg_dsm_loss(tiny, PATH, IMAGES, Y, t=Y - 1.0),
     "label above null": lambda: cfg_cfm_loss(tiny, PATH, IMAGES, Y + 5, null=4),
     "labels (B, 1)": lambda: drop_labels(Y[:, None], 0.1),
