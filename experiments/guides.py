@@ -4,15 +4,20 @@ Autoguidance needs a weaker network, of a training that is stopped early:
 
     python train.py --arch unet --predict z --times logit-normal --steps 750 --out runs/weak.pt
     python -m experiments.guides --weak runs/weak.pt
+
+--exact counts on exact fields too (chapters/exact.py): how many of so many digits a rule leaves.
 """
+import math
 import sys
 from functools import partial
 
 import torch
 
 from cfg_min import NULL, euler
+from chapters.exact import choose_digits, effective_number, find_nearest
 from chapters.rules import (apg, autoguidance, cfg, cfg_plus_plus, cfg_zero_star, interval, lam_of,
                             rescale, rising)
+from experiments.exact import Grouped
 from experiments.measures import Measures, show, show_head
 from sample import CHUNK
 from support import checkpoint, mnist
@@ -54,6 +59,27 @@ def rows_of(net, weak, h):
     return rows
 
 
+def field_of(net, rule, second, w):
+    """The rule's field (x, t, y) -> u."""
+    def field(x, t, y):
+        return rule(net(x, t, y), second(x, t, y), x, t, w)
+
+    return field
+
+
+def count_left(images, labels, w, steps, samples=300):
+    """{rule: the effective number of images of a label that it leaves}, on their exact fields."""
+    torch.manual_seed(0)
+    y = labels.unique().repeat_interleave(samples)
+    x = torch.randn(len(y), images.shape[1])
+    net = Grouped(images, labels)
+    left = {}
+    for name, *rule in rows_of(net, None, 1 / steps):
+        z = euler(partial(field_of(net, *rule, w), y=y), x, steps)
+        left[name], _ = effective_number(find_nearest(images, z), y)
+    return left
+
+
 def parse(argv=None):
     p = Parser(description=__doc__.splitlines()[0])
     many = number(int, 1, 1e9)
@@ -63,6 +89,8 @@ def parse(argv=None):
                    help="scales (1.5 3 8)")
     p.add_argument("--ckpt", default="weights/unet.pt", metavar="FILE.pt")
     p.add_argument("--weak", metavar="FILE.pt", help="a weaker network, for autoguidance")
+    p.add_argument("--exact", type=many, metavar="N",
+                   help="count what is left of N digits of a label on their exact fields")
     return p.parse_args(argv)
 
 
@@ -77,19 +105,23 @@ def load_generator(file):
 @torch.no_grad()
 def main(argv=None):
     options = parse(argv)
+    torch.set_flush_denormal(True)              # numbers below 1e-38 are slow, and 0 here
     net = load_generator(options.ckpt)
     weak = None if options.weak is None else load_generator(options.weak)
     y = torch.arange(options.n) % 10
     measures = Measures(asked=[y])
     print(f"{options.n} digits in {options.steps} steps of Euler's method")
     for w in options.w:
-        for name, rule, second in rows_of(net, weak, 1 / options.steps):
-            def field(x, t, y):
-                return rule(net(x, t, y), second(x, t, y), x, t, w)
-
-            images = draw_guided(field, y, options.steps)
+        left = {}
+        if options.exact:
+            exact = choose_digits(measures.x, measures.y, options.exact)
+            left = count_left(*exact, w, options.steps)
+        for name, *rule in rows_of(net, weak, 1 / options.steps):
+            images = draw_guided(field_of(net, *rule, w), y, options.steps)
             row = measures(images, y)
             row["white pixels"] = 100 * (images == 255).double().mean().item()
+            if options.exact:
+                row["exact, left"] = left.get(name, math.nan)
             if name == "CFG" and w == options.w[0]:
                 show_head(measures, row, y)
             show(f"w = {w:g}  {name}", row)

@@ -6,6 +6,7 @@ price:      twenty of each label at w = 3, from the same noise: Algorithm 8, the
 away:       fours and sevens of w = 3 and, from the same noise, away from 9 and from 1
 trajectory: x_t, the end that it implies, and where the label makes a difference, over t
 moving:     noise becomes digits, w = 1 and w = 3
+liked:      of 1,000 exact digits, those that w = 8 draws most often and some that it never draws
 plane:      guided samples of three classes in the plane, exactly (chapters/oracle.py)
 arrows:     u_t(x|null), u_t(x|y) and the guided field at one point of the plane, exactly
 aim:        where the guided field aims over t, and where samples are, exactly
@@ -21,13 +22,15 @@ import torch
 import sample
 from cfg_min import NULL, euler, guide, guided_field, times
 from chapters import oracle
+from chapters.exact import find_nearest, guided_between
 from chapters.oracle import TRIANGLE, TWO
 from chapters.samplers import predictor_corrector
 from experiments import plots
+from experiments.exact import DECIDED, Digits
 from experiments.measures import draw
 from support import checkpoint, picture
 from support.command import Parser, execute, write_whole
-from support.mnist import to_bytes
+from support.mnist import load, to_bytes
 from support.sampling import Noise
 
 HERE = Path(__file__).parent.parent
@@ -107,6 +110,40 @@ def moving(steps=24):
     frames = [np.vstack(pair) for pair in zip(*panels)]
     seconds = [0.15] * (len(frames) - 1) + [2.5]
     write("moving.png", plots.animated_png(frames, seconds))
+
+
+# ---------------------------------------------------------------- exact fields
+
+def count_draws(label, w, n):
+    """The first 1,000 digits of a label, and how often each is among n exact draws (1000,)."""
+    digits = Digits(1000, n, asked=[label])
+    own = digits.labels == label
+    z = torch.cat([euler(partial(guided_between, digits.net, y=y, w=w, high=DECIDED), x, 25)
+                   for x, y in zip(digits.x.split(2000), digits.y.split(2000))])
+    counts = find_nearest(digits.images[own], z).bincount(minlength=1000)
+    x_train, y_train, _, _ = load()
+    return x_train[y_train == label][:1000, 0], counts
+
+
+@torch.no_grad()
+def liked(labels=(2, 7), n=10000, columns=14):
+    """Two rows of digits that Algorithm 8 draws most often, and two of those that it never draws.
+    """
+    panels = []
+    for label in labels:
+        images, by_1 = count_draws(label, 1, n)
+        _, by_8 = count_draws(label, 8, n)
+        often = by_8.argsort(descending=True)[:2 * columns]
+        never = ((by_8 == 0) & (by_1 > 0)).nonzero()[:, 0]
+        share = 100 * by_8[often].sum() / n
+        pair = []
+        for title, places in (
+                (f"w = 8 draws most: these {len(often)} are {share:.0f} % of its draws", often),
+                (f"w = 8 never draws: these, {len(never)} of 1000 in all", never[:2 * columns])):
+            grid = images[places].view(2, columns, 32, 32)
+            pair.append(picture.panel(grid.numpy(), title))
+        panels.append(np.hstack(pair))
+    write("liked.png", picture.png(np.vstack(panels)))
 
 
 # ---------------------------------------------------------------- the oracle
@@ -195,6 +232,7 @@ def loss(bin=50):
 
 
 PARTS = {"grid": grid, "strip": strip, "away": away, "trajectory": trajectory, "moving": moving,
+         "liked": liked,
          "plane": plane, "loss": loss, "price": price, "arrows": arrows, "aim": aim}
 
 
