@@ -37,7 +37,7 @@ class Grouped(nn.Module):
         self.nets.append(ExactNet(images, labels, **options))
 
     def forward(self, x, t, y):
-        t = torch.as_tensor(t).expand(len(x))
+        t = torch.as_tensor(t, dtype=x.dtype).expand(len(x))
         u = torch.empty_like(x)
         for label in y.unique():
             mine = y == label

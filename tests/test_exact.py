@@ -1,4 +1,5 @@
 """The exact network of images, against the oracle, autograd and counting by hand."""
+import re
 from functools import partial
 
 import pytest
@@ -9,6 +10,8 @@ from chapters import exact
 from chapters.exact import ExactNet, effective_number, find_nearest, guided_between
 from chapters.oracle import Mixture
 from conftest import ALL_PATHS, MANY, MIX, close, double, error_line, gradient, labels
+from experiments import guides
+from experiments.exact import Grouped
 from paths import CondOT
 from support.command import execute
 
@@ -78,6 +81,16 @@ def test_guided_between_minds_rounding(x):
         close(u, guided_field(net, x, t, MANY, w))
 
 
+@TIMES
+def test_grouped_by_label_it_is_the_same_network(t, x):
+    """experiments.exact.Grouped, which the tables use; y of each kind, and none."""
+    net = ExactNet(IMAGES, LABELS, width=0.4)
+    grouped = Grouped(IMAGES, LABELS, width=0.4)
+    for y in (MANY, labels(NULL, x)):
+        close(grouped(x, t, y), net(x, t, y))
+        close(grouped(x, double(t).expand(6), y), net(x, t, y))
+
+
 # ---------------------------------------------------------------- counting
 
 def count_pairs(found, of):
@@ -107,6 +120,15 @@ def test_error_is_the_spread_of_the_effective_number():
     assert error.item() == pytest.approx(counts[:, 0].std().item(), rel=0.15)
 
 
+def test_rules_are_counted_on_exact_fields():
+    """At w = 1 most rules do not guide, so that the two images of a label come equally often."""
+    left = guides.count_left(IMAGES.float(), LABELS, w=1.0, steps=25, samples=300)
+    assert left["CFG"] == left["interval"] == left["rising scale"]
+    assert left["CFG"] == pytest.approx(3 / 2.5, abs=0.02)      # labels have 2, 1 and 1
+    more = guides.count_left(IMAGES.float(), LABELS, w=8.0, steps=25, samples=300)
+    assert more["CFG"] < more["interval"]
+
+
 # ---------------------------------------------------------------- the command
 
 def test_command_counts_on_any_data(few, capsys):
@@ -116,6 +138,13 @@ def test_command_counts_on_any_data(few, capsys):
     out = capsys.readouterr().out
     assert out.count("100.0 %") == 9 + 10
     assert "Algorithm 8, w = 2.5 " in out and "guidance costs nothing from t = " in out
+
+
+def test_the_first_t_that_costs_nothing(capsys):
+    """Within two errors of the unguided count, 100 +- 3; where there is none, t = 1."""
+    exact.print_first_free([0, 0.04, 0.08], [(80, 9), (95, 9), (120, 9)], (100, 3))
+    exact.print_first_free([0, 0.04], [(80, 9), (93, 9)], (100, 3))
+    assert re.findall("from t = (.{4}) on", capsys.readouterr().out) == ["0.04", "1.00"]
 
 
 @pytest.mark.parametrize("line", ["--digits 200", "--data none.npz", "--w many", "--samples 1"])
