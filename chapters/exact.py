@@ -210,7 +210,7 @@ def main(argv=None):
     p.add_argument("--samples", type=many, default=200, help="samples of a label (200)")
     options = p.parse_args(argv)
     torch.manual_seed(0)
-    torch.set_flush_denormal(True)              # numbers below 1e-38 are slow, and 0 here
+    torch.set_flush_denormal(True)              # weights below 1e-38 are slow, and 0 here
     x_train, y_train, x_test, y_test = mnist.load(options.data)
     images, labels = choose_digits(x_train, y_train, options.digits)
     seen = images.std(dim=0) > 0                # other pixels are the same in all digits

@@ -105,7 +105,6 @@ def load_generator(file):
 @torch.no_grad()
 def main(argv=None):
     options = parse(argv)
-    torch.set_flush_denormal(True)              # numbers below 1e-38 are slow, and 0 here
     net = load_generator(options.ckpt)
     weak = None if options.weak is None else load_generator(options.weak)
     y = torch.arange(options.n) % 10
