@@ -127,8 +127,7 @@ def count_draws(label, w, n):
 
 @torch.no_grad()
 def liked(labels=(2, 7), n=10000, columns=14):
-    """Two rows of digits that Algorithm 8 draws most often, and two of those that it never draws.
-    """
+    """Digits that Algorithm 8 draws most often at w = 8, and some that only w = 1 draws."""
     panels = []
     for label in labels:
         images, by_1 = count_draws(label, 1, n)
@@ -138,8 +137,9 @@ def liked(labels=(2, 7), n=10000, columns=14):
         share = 100 * by_8[often].sum() / n
         pair = []
         for title, places in (
-                (f"w = 8 draws most: these {len(often)} are {share:.0f} % of its draws", often),
-                (f"w = 8 never draws: these, {len(never)} of 1000 in all", never[:2 * columns])):
+                (f"{len(often)} of 1000 digits make {share:.0f} % of all draws at w = 8", often),
+                (f"{len(never)} of 1000 are drawn at w = 1, but never at w = 8",
+                 never[:2 * columns])):
             grid = images[places].view(2, columns, 32, 32)
             pair.append(picture.panel(grid.numpy(), title))
         panels.append(np.hstack(pair))
