@@ -1,12 +1,17 @@
-"""A table of published rules of guidance (chapters/rules.py): `python -m experiments.guides`."""
+"""A table of published rules of guidance (chapters/rules.py): `python -m experiments.guides`.
+
+--exact N counts too what a rule leaves of N digits a label, on their exact fields.
+"""
 import sys
 from functools import partial
 
 import torch
 
 from cfg_min import NULL, euler
+from chapters.exact import choose_digits, effective_number, find_nearest
 from chapters.rules import (apg, cfg, cfg_plus_plus, cfg_zero_star, interval, lam_of, rescale,
                             rising)
+from experiments.exact import Grouped
 from experiments.measures import Measures, show, show_head
 from sample import CHUNK
 from support import checkpoint, mnist
@@ -41,6 +46,15 @@ def field_of_rule(net, rule, x, t, y, w):
     return rule(net(x, t, y), net(x, t, torch.full_like(y, NULL)), x, t, w)
 
 
+def count_left(images, labels, rule, w, steps, samples=300):
+    """The effective number of images of a label that a rule leaves, on their exact fields."""
+    torch.manual_seed(0)
+    y = labels.unique().repeat_interleave(samples)
+    x = torch.randn(len(y), images.shape[1])
+    field = partial(field_of_rule, Grouped(images, labels), rule, y=y, w=w)
+    return effective_number(find_nearest(images, euler(field, x, steps)), y)[0]
+
+
 def parse(argv=None):
     p = Parser(description=__doc__.splitlines()[0])
     many = number(int, 1, 1e9)
@@ -49,6 +63,8 @@ def parse(argv=None):
     p.add_argument("--w", type=number(float, -1e3, 1e3), nargs="+", default=(1.5, 3.0, 8.0),
                    help="scales (1.5 3 8)")
     p.add_argument("--ckpt", default="weights/unet.pt", metavar="FILE.pt")
+    p.add_argument("--exact", type=many, metavar="N",
+                   help="count what is left of N digits of a label on their exact fields")
     return p.parse_args(argv)
 
 
@@ -72,6 +88,9 @@ def main(argv=None):
             field = partial(field_of_rule, net, rule, w=w)
             images = draw_guided(field, y, options.steps)
             row = measures(images, y)
+            if options.exact:
+                exact = choose_digits(measures.x, measures.y, options.exact)
+                row["exact, left"] = count_left(*exact, rule, w, options.steps)
             row["white pixels"] = 100 * (images == 255).double().mean().item()
             if name == "CFG" and w == options.w[0]:
                 show_head(measures, row, y)

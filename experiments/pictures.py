@@ -6,6 +6,7 @@ price:      ten of each label at w = 3, from the same noise: Algorithm 8, an int
 away:       fours and sevens of w = 3 and, from the same noise, away from 9 and from 1
 trajectory: x_t, the end that it implies, and where the label makes a difference, over t
 moving:     noise becomes digits, w = 1 and w = 3
+liked:      of 1,000 exact digits, those that w = 8 draws most often and some that it never draws
 plane:      guided samples of three classes in the plane, exactly (chapters/oracle.py)
 arrows:     u_t(x|null), u_t(x|y) and the guided field at one point of the plane, exactly
 aim:        where the guided field aims over t, and where samples are, exactly
@@ -21,9 +22,12 @@ import torch
 import sample
 from cfg_min import NULL, euler, guide, guided_field, times
 from chapters import oracle
+from chapters.exact import find_nearest
 from chapters.oracle import TRIANGLE, TWO
 from chapters.samplers import predictor_corrector
+from chapters.ways import interval_field
 from experiments import plots
+from experiments.exact import DECIDED, Digits
 from experiments.measures import draw
 from support import checkpoint, picture
 from support.command import Parser, execute, write_whole
@@ -117,6 +121,40 @@ def moving(steps=24):
     write("moving.png", plots.animated_png([last, *frames], seconds))
 
 
+# ---------------------------------------------------------------- exact fields
+
+def count_draws(label, w, n):
+    """The first 1,000 digits of a label, and how often each is among n exact draws (1000,)."""
+    digits = Digits(1000, n, asked=[label])
+    own = digits.labels == label
+    z = torch.cat([euler(partial(interval_field, digits.net, y=y, w=w, high=DECIDED), x, 25)
+                   for x, y in zip(digits.x.split(2000), digits.y.split(2000))])
+    counts = find_nearest(digits.images[own], z).bincount(minlength=1000)
+    x_train, y_train, _, _ = load()
+    return x_train[y_train == label][:1000, 0], counts
+
+
+@torch.no_grad()
+def liked(labels=(2, 7), n=10000, columns=14):
+    """Digits that Algorithm 8 draws most often at w = 8, and some that only w = 1 draws."""
+    panels = []
+    for label in labels:
+        images, by_1 = count_draws(label, 1, n)
+        _, by_8 = count_draws(label, 8, n)
+        often = by_8.argsort(descending=True)[:2 * columns]
+        never = ((by_8 == 0) & (by_1 > 0)).nonzero()[:, 0]
+        share = 100 * by_8[often].sum() / n
+        pair = []
+        for title, places in (
+                (f"{len(often)} of 1000 digits make {share:.0f} % of all draws at w = 8", often),
+                (f"{len(never)} of 1000 are drawn at w = 1, but never at w = 8",
+                 never[:2 * columns])):
+            grid = images[places].view(2, columns, 32, 32)
+            pair.append(picture.panel(grid.numpy(), title))
+        panels.append(np.hstack(pair))
+    write("liked.png", picture.png(np.vstack(panels)))
+
+
 # ---------------------------------------------------------------- the oracle
 
 def plane(w=3, n=400, steps=200):
@@ -204,7 +242,8 @@ def loss(bin=50):
 
 
 PARTS = {"grid": grid, "strip": strip, "away": away, "trajectory": trajectory, "moving": moving,
-         "plane": plane, "loss": loss, "price": price, "arrows": arrows, "aim": aim}
+         "liked": liked, "plane": plane, "loss": loss, "price": price, "arrows": arrows,
+         "aim": aim}
 
 
 def main(argv=None):
