@@ -18,7 +18,7 @@ import torch
 from chapters.classifier import likelihood_weight, measure_label_errors
 from chapters.oracle import PATH
 from experiments import plots
-from experiments.measures import Measures, count_calls, draw, show, show_head
+from experiments.measures import Measures, count_calls, draw, read_grey, show, show_head
 from support import checkpoint, mnist
 from support.command import HERE, Parser, execute, number, write_whole
 
@@ -37,7 +37,7 @@ WAYS = {                                        # name: sigma of the SDE, option
 
 
 def measure(measures, ckpt, w, n, way, seed=0):
-    """The fast measures, CAS, calls and black pixels of n samples by one of WAYS."""
+    """The fast measures, CAS, black pixels, grey and calls of n samples by one of WAYS."""
     sigma, options = WAYS[way]
     return measure_options(measures, ckpt, w, n, *options, seed=seed, sigma=sigma)
 
@@ -48,6 +48,7 @@ def measure_options(measures, ckpt, w, n, *options, seed=0, sigma=None):
     row = measures(images, labels)
     row["CAS"] = measures.cas(images, labels, seed)
     row["black pixels"] = 100 * (images == 0).double().mean().item()
+    row["grey"] = read_grey(images, labels)
     row["calls"] = count_calls(ckpt, w, *options, sigma=sigma)
     return row
 
@@ -59,6 +60,7 @@ def measure_real(measures, n):
     row = measures(images, y)
     row["CAS"] = measures.cas(measures.training_digits(y), y)
     row["black pixels"] = 100 * (images == 0).double().mean().item()
+    row["grey"] = read_grey(images, y)
     row["calls"] = 0
     return row
 

@@ -8,6 +8,8 @@ diversity       mean distance of two samples of a class, over that of real digit
 CAS             % of real test digits that a classifier, trained on the samples alone, gets right
                 (classification accuracy score, Ravuri & Vinyals 2019). Both classifiers train with
                 faint noise, so that they look at shapes, not at greys that no eye sees
+grey            % of samples whose label is read from their outer two pixels alone, where no stroke
+                comes and real digits are black; chance is 10 (read_grey; in experiments.guidance)
 
 The row of real digits is of test digits, as many of each label. The distance is always to other
 test digits. All are shuffled first, as the first half of MNIST's test digits is easier.
@@ -119,6 +121,24 @@ def frechet(a, b):
     eigenvalues = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0)
     means = (a.mean(0) - b.mean(0)).square().sum()
     return (means + cov_a.trace() + cov_b.trace() - 2 * eigenvalues.sqrt().sum()).item()
+
+
+def read_grey(images, labels, width=2):
+    """% of labels that are read from the outer pixels alone, width of them at each side.
+
+    images: (N, 1, 32, 32) uint8; labels (N,), of N samples. A linear classifier of these pixels
+    learns from the first half and reads the other, so more samples give more; chance is 10. Real
+    digits are black in the outer two pixels, so what is read there is no shape. Compare at equal N.
+    """
+    torch.manual_seed(0)
+    edge = images.clone()
+    edge[..., width:-width, width:-width] = 0
+    learned, read = edge.chunk(2)
+    y, truth = labels.chunk(2)
+    # each pixel is scaled by its own deviation: greys are faint
+    net = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(32 * 32), nn.Linear(32 * 32, 10))
+    fit(net, learned, y, steps=300)
+    return 100 * (apply(net, read).argmax(1) == truth).double().mean().item()
 
 
 class Measures:
