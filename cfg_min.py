@@ -4,19 +4,19 @@ The aim: samples that show class y more clearly than the data do. In four lines 
 the factor of the score in u = a_t x + b_t score, paths.py):
 
     grad log p_t(x|y) = grad log p_t(x) + grad log p_t(y|x)     Bayes' rule
-    u_t(x|y) = u_t(x) + b_t grad log p_t(y|x)                   what the label adds to the field
+    u_t(x|y) = u_t(x) + b_t grad log p_t(y|x)                   times b_t, plus a_t x: the fields
     u_t(x) + w b_t grad log p_t(y|x)                            guidance adds w times as much
       = (1 - w) u_t(x) + w u_t(x|y)                             line 2 again: no classifier
 
 w is the guidance scale: 0 is unconditional, 1 conditional, and beyond 1 the label counts for more
 than the data say. One network gives both fields: while it trains, y becomes NULL with probability
-eta, so u_t(x|NULL) learns u_t(x).
+eta. Samples without a label are of all classes, so u_t(x|NULL) learns u_t(x).
 
 Copy this file and paths.py, which introduces x, z, eps, u and the score. The path is passed in, so
 any will do. For K classes, labels are 0 ... K - 1: write NULL = K below, before anything else.
 
 Shapes: x, z, eps (B, ...); t (B,) or a number, 0 noise, 1 data; y (B,), int64 for classes;
-net(x, t, y) -> like x, where t is (B,). A ValueError says where torch would stretch a wrong shape.
+net(x, t, y) -> like x, where t is (B,). Shapes that torch would stretch are a ValueError.
 """
 import math
 from itertools import pairwise
@@ -55,18 +55,18 @@ def drop_labels(y, eta, null=NULL):
 
 
 def draw_times(z, t=None):
-    """t, which must lie in [0, 1], or where it is None the lecture's t ~ U[0, 1): (B,)."""
+    """The lecture's t ~ U[0, 1), (B,), unless a t is given: a tensor in [0, 1]."""
     if t is None:
         return torch.rand(z.shape[0], device=z.device)
     if ((t < 0) | (t > 1)).any():
-        raise ValueError("t of the loss is not in [0, 1]; for t = 0 ... T it is 1 - t / T")
-    return t
+        raise ValueError("t of the loss is not in [0, 1]; for DDPM's k = 0 ... T it is 1 - k / T")
+    return t.expand(z.shape[0])
 
 
 def cfg_cfm_loss(net, path, z, y, eta=0.1, t=None, null=NULL):
     """L_CFM^CFG = E || u_theta(x|y) - u_t(x|z) ||^2, mean over pixels.
 
-    net(x, t, y) -> u. t: (B,), or None for the lecture's t ~ U[0, 1).
+    net(x, t, y) -> u. t: a tensor (B,), or None for the lecture's t ~ U[0, 1).
     Lecture 4, "Classifier-Free Guidance Training".
     """
     y = drop_labels(y, eta, null)               # with probability eta, y <- null
@@ -84,8 +84,7 @@ def guide(cond, uncond, w):
 
     Any two predictions of one kind (u, score, eps or z), of the same shape (B, ...). w: a number or
     (B,). w = 1 gives cond, w = 0 gives uncond. The rule is the same for all kinds: at given x and t
-    each kind is c x + d times another, with numbers c and d, and as the weights 1 - w and w add to
-    1, c x comes out once on both sides.
+    each kind is an affine function of any other, and weights that add to 1 commute with those.
     Lecture 4, "Classifier-free guidance"; Ho & Salimans 2022, whose w is ours minus 1.
     """
     w = per_sample(w, cond, uncond)
@@ -99,10 +98,8 @@ def guided_field(net, x, t, y, w, null=NULL):
     """
     t = per_sample(t, x).flatten()              # (B,)
     no_label = torch.full_like(y, null)
-    if isinstance(w, Real) and w == 1:          # half the work: Algorithm 7
-        return call(net, x, t, y)
-    if isinstance(w, Real) and w == 0:
-        return call(net, x, t, no_label)
+    if isinstance(w, Real) and w in (0, 1):     # one field alone: half the work
+        return call(net, x, t, y if w == 1 else no_label)
     both = call(net, torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, no_label]))
     cond, uncond = both.unflatten(0, (2, x.shape[0]))       # (2B, ...) -> (B, ...) each
     return guide(cond, uncond, w).to(x.dtype)
@@ -136,7 +133,8 @@ def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, randn=torch.randn_
     """dX = [u + sigma_t^2/2 score] dt + sigma_t dW; Lecture 4, guidance for diffusion models.
 
     sigma: a number, a function of t, or None for sigma_t^2 = 2 beta_t. Then the drift is u - eps,
-    because score = -eps / beta_t, and nothing is infinite at t = 1. randn(x) -> noise like x.
+    because sigma_t^2/2 score = beta_t (-eps / beta_t), so nothing is infinite at t = 1.
+    randn(x) -> noise like x.
     """
     for t, s in times(steps, t0):
         x = euler_maruyama_step(field, x, t, s, path, sigma, randn)
@@ -146,9 +144,9 @@ def euler_maruyama(field, x, steps, path, sigma=None, t0=0.0, randn=torch.randn_
 def euler_maruyama_step(field, x, t, s, path, sigma=None, randn=torch.randn_like):
     """X_s = X_t + h (u + sigma_t^2/2 score) + sqrt(h) sigma_t xi, with h = s - t, xi ~ N(0, I).
 
-    In eps, the drift is u - k eps with k = sigma_t^2 / (2 beta_t). At time s the path has noise of
-    variance beta_s^2. The step must not add more, so sigma_t is at most beta_s / sqrt(h), in the
-    noise and in the drift; the last step, where beta_s = 0, adds none.
+    In eps, the drift is u - k eps with k = sigma_t^2 / (2 beta_t). The noise of a step has variance
+    h sigma_t^2. It is kept to at most beta_s^2, all that the path has at s, and the drift takes
+    that sigma_t too. So the last step, where beta_s = 0, is Euler's.
     """
     h = s - t
     beta = value_at(path.beta, t)

@@ -13,18 +13,18 @@ Many pairs (z, eps) meet in one x. The mean of their velocities, E[u_t(x|z) | x]
 vector field u_t(x). A network learns it, because following it carries the noise to the data. The
 loss needs no more than this: `sample` gives x, and `target` gives u_t(x|z).
 
-The rest says the same in other words. Let p_t(x) be the density of x when z is drawn from the data;
-its score is grad log p_t(x). For one pair, x and u are two linear equations in z and eps, and D is
-their determinant. Solved, they give z and eps from u, and eps gives the score, which for the
-Gaussian p_t(x|z) is -(x - alpha z) / beta^2 = -eps / beta. A linear formula holds for means too,
-and the score of p_t(x) is the mean of the scores of p_t(x|z). So the marginal field gives the mean
-of z at x, the mean of eps, and the score:
+The rest translates u into three other things that a network may predict: z, eps and the score,
+grad log p_t(x), where p_t is the density of x when z is drawn from the data. For one pair, x and u
+are two linear equations in z and eps, and D is their determinant. Solved, they give z and eps. The
+score of the Gaussian p_t(x|z) is -(x - alpha z) / beta^2 = -eps / beta, and that of p_t(x) is its
+mean over all pairs that meet in x. Because these formulas are linear, they hold for means: the
+marginal field gives the mean of z at x, the mean of eps, and the score.
 
     D = alpha' beta - alpha beta'           1 for CondOT, pi/2 for Cosine
     z = (beta u - beta' x) / D              E[z|x], if u is the marginal field
     eps = (alpha' x - alpha u) / D          E[eps|x]
     score = -eps / beta
-    u = a x + b score                       the lecture's way: a and b are functions of t (`a_b`)
+    u = a x + b score                       and back, as the lecture has it (`a_b` gives a and b)
 
 Lecture 4, "Classifier-free guidance".
 Shapes: x, z, eps, u and score are (B, ...), all of one shape; t is (B,) or one number, in [0, 1].
@@ -41,7 +41,7 @@ def require_same_shape(a, b):
 
 
 def per_sample(value, *alike):
-    """A number, or one for each sample (B,), as (B, 1, ..., 1): a factor for tensors (B, ...).
+    """Reshape t or w, a number or (B,), to (B, 1, ..., 1), so that it multiplies tensors (B, ...).
 
     In float32 or wider, because bfloat16 would round t. ValueError where value is neither, or where
     the tensors differ in shape.
@@ -100,7 +100,7 @@ class GaussianPath:
         return cast_like(x, -eps / self.beta(t))
 
     def eps_to_u(self, eps, x, t):
-        """u = (alpha' x - D eps) / alpha; 0/0 at alpha = 0, where eps = x whatever z is."""
+        """u = (alpha' x - D eps) / alpha; 0/0 at alpha = 0, where x = eps says nothing of z."""
         t = per_sample(t, x, eps)
         return cast_like(x, (self.d_alpha(t) * x - self.D(t) * eps) / self.alpha(t))
 
@@ -115,9 +115,9 @@ class GaussianPath:
         return cast_like(x, (self.D(t) * z + self.d_beta(t) * x) / self.beta(t))
 
     def a_b(self, t, x):
-        """a = alpha'/alpha and b = (alpha' beta^2 - beta' beta alpha)/alpha; Lecture 4, FACT.
+        """a = alpha'/alpha and b = (alpha' beta^2 - beta' beta alpha)/alpha.
 
-        Factors for x, (B, 1, ..., 1) each. Infinite at alpha = 0.
+        Factors for x, (B, 1, ..., 1) each, infinite at alpha = 0. Lecture 4, the slide with "FACT".
         """
         t = per_sample(t, x)
         alpha, beta = self.alpha(t), self.beta(t)
@@ -126,7 +126,7 @@ class GaussianPath:
         return a, b
 
     def score_to_u(self, score, x, t):
-        """u = a_t x + b_t score, for alpha > 0; Lecture 4, FACT."""
+        """u = a_t x + b_t score, for alpha > 0; Lecture 4, the slide with "FACT"."""
         require_same_shape(score, x)
         a, b = self.a_b(t, x)
         return cast_like(x, a * x + b * score)

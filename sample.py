@@ -19,7 +19,10 @@ CHUNK = 100     # samples computed at once
 
 
 def draw_samples(net, y, w, steps, randn, low=0.0, high=1.0):
-    """Lecture 4, Algorithm 8: samples (B, ...) of the labels y (B,). Outside [low, high] w is 1."""
+    """Lecture 4, Algorithm 8: samples (B, ...) of the labels y (B,).
+
+    Beyond the lecture: guidance may be kept to t in [low, high]; outside the scale is 1.
+    """
     def field(x, t):
         inside = low - 1e-9 < t < high + 1e-9               # t is rounded
         return guided_field(net, x, t, y, w if inside else 1.0)
@@ -32,7 +35,7 @@ def draw_images(draw, net, vae, y, w, options):
     progress = Progress(len(y), unit="sample")
     images = []
     for ids in torch.arange(len(y)).split(CHUNK):
-        randn = Noise(options.seed, ids.tolist(), vae is not None, y.device)    # one a sample
+        randn = Noise(options.seed, ids.tolist(), vae is not None, y.device)    # a stream each
         with autocast(y.device):
             x = draw(net, y[ids], w, options.steps, randn, *options.interval)
         images.append(to_images(x, vae))
@@ -47,7 +50,7 @@ def main(argv=None):
     options = parse_options(argv)
     began = time.monotonic()
     net, config, vae = load_model(options)
-    draw = find_way(options, config) or draw_samples
+    draw = find_way(options, config) or draw_samples        # unless options name another way
     judge = find_judge(options, config)
     y = choose_labels(options)
     say_what_is_odd(config, options, y)

@@ -67,7 +67,7 @@ def gradient(f, x):
 
 def divergence(f, x):
     """div f at each row of x, for f: (B, D) -> (B, D); by autograd."""
-    return torch.einsum("bibi->b", jacobian(f, x))
+    return torch.einsum("bibi->b", jacobian(f, x))          # each row's own trace
 
 
 def net_of(path, mixture=MIX):
@@ -136,7 +136,7 @@ def test_u_gives_z_eps_and_score_of_one_pair_and_they_give_u(path, x):
     """Given z: u, score, eps and z say the same; score = grad log N(x; alpha z, beta^2 I)."""
     z = x
     eps = torch.randn_like(z)
-    for t in (0.0, *TIMES, 1.0):                # the two that a sampler needs, also at both ends
+    for t in (0.0, *TIMES, 1.0):                # at both ends too, where samplers need these two
         x_t = path.sample(z, eps, t)
         u = path.target(z, eps, t)
         close(path.u_to_data(u, x_t, t), z)
@@ -183,7 +183,7 @@ def test_FACT_of_the_lecture_and_its_misprint(path, x):
 #
 # Why the marginal field is worth learning: its ODE carries the noise to the data. The Fokker-Planck
 # equation says how a density moves under dX = v dt + sigma dW, where v is the drift. It shows that
-# p_t is kept if v = u + sigma^2/2 score.
+# X_t keeps the distribution p_t if v = u + sigma^2/2 score.
 
 def fokker_planck_error(path, x, t, sigma, drift):
     """(d/dt p + div(p v) - sigma^2/2 laplace p) / p of p = p_t(x|y), for the drift v(x), y = 1."""
@@ -220,7 +220,7 @@ def test_an_sde_keeps_to_p_t_if_its_drift_is_u_plus_half_sigma_squared_score(pat
 def test_the_conditional_loss_is_least_at_the_marginal_field(path):
     """d/dtheta E || u_t(x) + theta f(x) - u_t(x|z) ||^2 = 0 at theta = 0, whatever f is.
 
-    The loss is not 0 there, but the variance of its target: for data N(mu, s^2),
+    The loss there is not 0 but the variance of u_t(x|z) at given x: for data N(mu, s^2),
     D^2 s^2 / (alpha^2 s^2 + beta^2).
     """
     z = GAUSS.draw(100000)
@@ -303,7 +303,7 @@ def test_classifier_guidance_is_classifier_free_guidance(path, w, x):
 
 @ALL_PATHS
 def test_two_networks_guide_as_one_with_a_null_label_does(path, x):
-    """Two models, u_t(x|y) and u_t(x), are one: "nothing is something", u_t(x) = u_t(x|null)."""
+    """Two models, u_t(x|y) and u_t(x), are one, with u_t(x) = u_t(x|null)."""
     unlabelled = Mixture(MIX.mu, MIX.std, MIX.weight, label=[0, 0, 0, 0])
     for t in TIMES:
         two = guide(MIX.u(path, x, t, MANY), unlabelled.u(path, x, t, labels(0, x)), 3.0)
@@ -462,7 +462,7 @@ def test_algorithm_8_step_by_step(x):
 def guided_quantiles(w, steps=200, path=CondOT(), mixture=TWO):
     """What Algorithm 8 for y = 1 makes of quantiles of N(0, 1), and their levels q; (400,) each.
 
-    On a line the flow is increasing, so these are the quantiles of X_1. Their mean is its mean.
+    On a line the flow is increasing, so these are the quantiles of X_1, and their mean is E[X_1].
     """
     q = (torch.arange(400).double() + 0.5) / 400
     noise = Normal(0, 1).icdf(q)[:, None]
@@ -516,7 +516,7 @@ def test_guidance_at_w_3_goes_beyond_the_tilted_distribution_and_any_mixture():
 
 
 def test_the_guided_field_aims_w_times_as_far_as_the_class_while_x_is_noise():
-    """The mean of p_t(x|y)^w p_t(x)^(1-w) over alpha_t is w as t goes to 0, and 1.05 at t = 1.
+    """The mean of p_t(x|y)^w p_t(x)^(1-w), divided by alpha_t, goes from w at t = 0 to 1.05 at 1.
 
     If the tilted data were noised instead, it would be 1.05 at every t.
     """

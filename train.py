@@ -1,4 +1,4 @@
-"""Training: `python train.py --arch unet`. The DDPM lecture's box "Training" is the loop in `fit`.
+"""Training: `python train.py --arch unet`. The loop in `fit` is the notes' box "Training".
 
 By default it is Lecture 4's loss: the network predicts u, t ~ U[0, 1), labels are dropped with
 probability eta, the loss is L_CFM^CFG. `--predict z --times logit-normal` is the better recipe
@@ -25,11 +25,11 @@ def fit(run, images, labels, compute_loss):
     """
     config = run.config
     torch.manual_seed(config["seed"])
-    field = checkpoint.build(config, last_t=0.98)           # net(x, t, y) -> u, not trained yet
+    field = checkpoint.build(config, last_t=0.98)           # net(x, t, y) -> u, untrained
     field.train().to(images.device)
     optimizer = torch.optim.AdamW(field.parameters(), config["lr"])
     schedule = rise_and_fall(optimizer, config["lr"], config["steps"])      # of the learning rate
-    net = run.set_up(field, optimizer, schedule)            # --resume, --init; bf16; torchrun
+    net = run.set_up(field, optimizer, schedule)            # the field, in bf16 where that is fast
 
     for step in run.steps():                    # shows progress, saves, minds Ctrl-C
         z, y = draw_batch(images, labels, run.batch)        # (z, y) ~ p_data
@@ -58,7 +58,7 @@ def main(argv=None):
     (images, labels, *_), run = prepare(options, options.arch, eta=options.eta, path=options.path,
                                         predict=options.predict, times=options.times)
     path, draw_t = PATHS[options.path], TIMES[options.times]
-    loss_of = cfg_cfm_loss                      # of u, also where the network predicts z
+    loss_of = cfg_cfm_loss                      # a network that predicts z is a field u too
     if options.predict == "eps":
         from chapters.ddpm import cfg_dsm_loss as loss_of
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from cfg_min import NULL
 from paths import per_sample
 
-FEATURES = 128          # of t
+FEATURES = 128          # as many cosines and sines stand for t
 
 
 def waves(t, x):
@@ -36,7 +36,7 @@ def zero(layer):
 
 
 class ResidualLayer(nn.Module):
-    """x + conv(silu(norm(conv(silu(norm(x)))))), the second norm scaled and shifted by e."""
+    """x + conv(silu(norm(conv(silu(norm(x)))))), and e scales and shifts the second norm."""
 
     def __init__(self, c, E):
         super().__init__()
@@ -94,7 +94,7 @@ class Decoder(nn.Module):
 class UNet(nn.Module):
     """net(x, t, y) -> like x (B, C, H, W); t (B,) or a number in [0, 1]; y (B,), 0 ... classes.
 
-    The label `classes`, by default NULL, is "no label". layers: of each stage. H and W are
+    The label `classes`, by default NULL, is "no label". layers: of a stage. H and W are
     multiples of 8 by default; shapes below are of H = W = 32. Stages, channels and residual layers
     are those of Lab Three. The lab, as public copies have it, differs in this:
 
