@@ -46,7 +46,7 @@ def field_of_rule(net, rule, x, t, y, w):
     return rule(net(x, t, y), net(x, t, torch.full_like(y, NULL)), x, t, w)
 
 
-def count_left(images, labels, rule, w, steps, samples=300):
+def count_left(images, labels, rule, w, steps, samples=200):
     """The effective number of images of a label that a rule leaves, on their exact fields."""
     torch.manual_seed(0)
     y = labels.unique().repeat_interleave(samples)
