@@ -2,12 +2,13 @@
 
 ways:     of 1,000 digits a label, w = 1.5, 3, 8: what is left by each way to sample
 starts:   the same, guided from t on, w = 3 and 8; and the mean of p_t(y|x) on held-out digits
+same:     guided from t on: how many samples end as the same digit as without guidance
 sizes:    of 50 to 5,421 digits a label (there are no more of 5), guided from t on; of twos
 steps:    25, 100 and 400 steps, of 200 digits a label
 width:    each digit a Gaussian, of the width that held-out digits like best
 wrong:    30 % of labels wrong; or each label 70 % sure (soft): what guidance repairs
 network:  z(x|y) - z(x) of the shipped U-Net and of 60,000 exact digits, on noised test digits
-accuracy: the evaluator's label accuracy of exact samples, w = 1
+accuracy: the evaluator's label accuracy of exact samples, and their distance to test digits
 """
 import math
 import sys
@@ -17,8 +18,8 @@ import torch
 import torch.nn as nn
 
 from cfg_min import NULL, euler, guided_field
-from chapters.exact import (PATH, ExactNet, choose_digits, guided_between, print_counts,
-                            print_decided, print_first_free, ways_of)
+from chapters.exact import (PATH, ExactNet, choose_digits, find_nearest, guided_between,
+                            print_counts, print_decided, print_first_free, ways_of)
 from experiments.measures import Measures, show, show_head
 from support import checkpoint, mnist
 from support.command import Parser, execute
@@ -86,6 +87,16 @@ def starts():
     for w in (3, 8):
         digits.count_starts(w)
     print_decided(digits.net.nets[NULL], digits.x_test[:2000], digits.y_test[:2000])
+
+
+def same():
+    digits = Digits(1000, 100)
+    unguided = find_nearest(digits.images, digits.euler(1)())
+    for w in (3, 8):
+        for t in (0, 0.12, 0.16, 0.2, 0.24, 0.28, 0.36, 0.44):
+            found = find_nearest(digits.images, digits.euler(w, t)())
+            share = (found == unguided).double().mean()
+            print(f"w = {w} from t = {t:.2f} on: {100 * share:.1f} % the same", flush=True)
 
 
 def sizes():
@@ -165,8 +176,8 @@ def accuracy(n=2000):
         show(f"exact, w = {w}", row)
 
 
-PARTS = {"ways": ways, "starts": starts, "sizes": sizes, "steps": steps, "width": width,
-         "wrong": wrong, "network": network, "accuracy": accuracy}
+PARTS = {"ways": ways, "starts": starts, "same": same, "sizes": sizes, "steps": steps,
+         "width": width, "wrong": wrong, "network": network, "accuracy": accuracy}
 
 
 @torch.no_grad()
