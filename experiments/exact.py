@@ -70,10 +70,11 @@ class Digits:
         return partial(euler, field, self.x, steps)
 
     def count_starts(self, w, steps=25):
-        print(f"guided from t on, w = {w}, {steps} steps")
+        setting = f"w = {w}, {steps} steps, {len(self.images) // 10} digits a label"
+        print(f"guided from t on: {setting}")
         ways = {t: self.euler(w, t, steps) for t in STARTS}
         unguided, *counts = self.count({"no guidance": self.euler(1, steps=steps), **ways})
-        print_first_free(ways, counts, unguided)
+        print_first_free(ways, counts, unguided, setting)
 
 
 def ways():

@@ -142,8 +142,8 @@ def test_command_counts_on_any_data(few, capsys):
 
 def test_the_first_t_that_costs_nothing(capsys):
     """Within two errors of the unguided count, 100 +- 3; where there is none, t = 1."""
-    exact.print_first_free([0, 0.04, 0.08], [(80, 9), (95, 9), (120, 9)], (100, 3))
-    exact.print_first_free([0, 0.04], [(80, 9), (93, 9)], (100, 3))
+    exact.print_first_free([0, 0.04, 0.08], [(80, 9), (95, 9), (120, 9)], (100, 3), "w = 3")
+    exact.print_first_free([0, 0.04], [(80, 9), (93, 9)], (100, 3), "w = 3")
     assert re.findall("from t = (.{4}) on", capsys.readouterr().out) == ["0.04", "1.00"]
 
 
