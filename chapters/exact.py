@@ -182,7 +182,7 @@ def print_counts(ways, images, labels, y):
 
 
 def print_first_free(ts, counts, unguided, setting):
-    """The first t from which on guidance costs nothing that the samples show, and where it holds."""
+    """The first t from which guidance costs nothing that these samples show, and the setting."""
     number, error = unguided
     free = [t for t, count in zip(ts, counts) if count[0] > number - 2 * error]
     print(f"guidance costs nothing from t = {min(free, default=1):.2f} on ({setting}): the first "
