@@ -91,12 +91,19 @@ def find_nearest(images, samples):
     return torch.cat([torch.cdist(part, images.flatten(1)).argmin(dim=1) for part in parts])
 
 
-def effective_number(found, labels):
+def effective_number(images, samples, labels):
     """1 / (the probability that two samples of a label are the same image), and its standard error.
 
-    found: the image that each sample is, (n,); labels: theirs, (n,). Pairs of all labels count
-    together, so a label of which few images are left weighs most. The error is the jackknife's: it
-    asks how far the number moves when one sample is left out.
+    images (N, ...), samples (n, ...), labels (n,) of the samples.
+    """
+    return count_images(find_nearest(images, samples), labels)
+
+
+def count_images(found, labels):
+    """The same, from the image that each sample is, found (n,).
+
+    Pairs of all labels count together, so a label of which few images are left weighs most. The
+    error is the jackknife's: it asks how far the number moves when one sample is left out.
     """
     _, pair, times = torch.stack([found, labels]).unique(dim=1, return_inverse=True,
                                                          return_counts=True)
@@ -159,8 +166,8 @@ def print_counts(ways, images, labels, y):
     progress = Progress(len(ways), unit="row")
     for name, draw in ways.items():
         found = find_nearest(images, draw())
-        counts.append(effective_number(found, y))
-        each = [effective_number(found[y == label], y[y == label])[0] for label in y.unique()]
+        counts.append(count_images(found, y))
+        each = [count_images(found[y == label], y[y == label])[0] for label in y.unique()]
         right = 100 * (labels[found] == y).double().mean()
         row = "".join(f"{value:7.0f}" for value in (*counts[-1], min(each), max(each)))
         progress.wipe()
@@ -171,12 +178,12 @@ def print_counts(ways, images, labels, y):
     return counts
 
 
-def print_first_free(ts, counts, unguided):
-    """The first t from which on guidance costs nothing that the samples show."""
+def print_first_free(ts, counts, unguided, setting):
+    """The first t from which guidance costs nothing that these samples show, and the setting."""
     number, error = unguided
     free = [t for t, count in zip(ts, counts) if count[0] > number - 2 * error]
-    print(f"guidance costs nothing from t = {min(free, default=1):.2f} on: the first count within "
-          "two errors of the unguided one")
+    print(f"guidance costs nothing from t = {min(free, default=1):.2f} on ({setting}): the first "
+          f"count within two errors, {200 * error / number:.0f} %, of the unguided one")
 
 
 def print_decided(net, z, y):
@@ -209,10 +216,11 @@ def main(argv=None):
     y = labels.unique().repeat_interleave(options.samples)
     x = torch.randn(len(y), net.images.shape[1])
     unguided, *_ = print_counts(ways_of(net, x, y, options.w), net.images, labels, y)
-    print(f"guided from t on, w = {options.w:g}")
+    setting = f"w = {options.w:g}, 25 steps, {options.digits} digits a label"
+    print(f"guided from t on: {setting}")
     starts = starts_of(net, x, y, options.w)
     counts = print_counts(starts, net.images, labels, y)
-    print_first_free(starts, counts, unguided)
+    print_first_free(starts, counts, unguided, setting)
     print_decided(net, mnist.to_unit(x_test[:1000]).flatten(1)[:, seen], y_test[:1000])
 
 

@@ -2,12 +2,13 @@
 
 ways:     of 1,000 digits a label, w = 1.5, 3, 8: what is left by each way to sample
 starts:   the same, guided from t on, w = 3 and 8; and the mean of p_t(y|x) on held-out digits
+same:     guided from t on: how many samples end as the same digit as without guidance
 sizes:    of 50 to 5,421 digits a label (there are no more of 5), guided from t on; of twos
 steps:    25, 100 and 400 steps, of 200 digits a label
 width:    each digit a Gaussian, of the width that held-out digits like best
 wrong:    30 % of labels wrong; or each label 70 % sure (soft): what guidance repairs
 network:  z(x|y) - z(x) of the shipped U-Net and of 60,000 exact digits, on noised test digits
-accuracy: the evaluator's label accuracy of exact samples, w = 1
+accuracy: the evaluator's label accuracy of exact samples, and their distance to test digits
 """
 import math
 import sys
@@ -17,7 +18,7 @@ import torch
 import torch.nn as nn
 
 from cfg_min import NULL, euler, guided_field
-from chapters.exact import (PATH, ExactNet, choose_digits, print_counts,
+from chapters.exact import (PATH, ExactNet, choose_digits, find_nearest, print_counts,
                             print_decided, print_first_free, ways_of)
 from chapters.ways import interval_field
 from experiments.measures import Measures, show, show_head
@@ -70,10 +71,11 @@ class Digits:
         return partial(euler, field, self.x, steps)
 
     def count_starts(self, w, steps=25):
-        print(f"guided from t on, w = {w}, {steps} steps")
+        setting = f"w = {w}, {steps} steps, {len(self.images) // 10} digits a label"
+        print(f"guided from t on: {setting}")
         ways = {t: self.euler(w, t, steps) for t in STARTS}
         unguided, *counts = self.count({"no guidance": self.euler(1, steps=steps), **ways})
-        print_first_free(ways, counts, unguided)
+        print_first_free(ways, counts, unguided, setting)
 
 
 def ways():
@@ -87,6 +89,16 @@ def starts():
     for w in (3, 8):
         digits.count_starts(w)
     print_decided(digits.net.nets[NULL], digits.x_test[:2000], digits.y_test[:2000])
+
+
+def same():
+    digits = Digits(1000, 100)
+    unguided = find_nearest(digits.images, digits.euler(1)())
+    for w in (3, 8):
+        for t in (0, 0.12, 0.16, 0.2, 0.24, 0.28, 0.36, 0.44):
+            found = find_nearest(digits.images, digits.euler(w, t)())
+            share = (found == unguided).double().mean()
+            print(f"w = {w} from t = {t:.2f} on: {100 * share:.1f} % the same", flush=True)
 
 
 def sizes():
@@ -132,23 +144,21 @@ def network(n=1000):
     x_train, y_train, x_test, y_test = mnist.load()
     shipped, _ = checkpoint.load("weights/unet.pt")
     exact = Grouped(mnist.to_unit(x_train).flatten(1), y_train)
-    places = torch.randperm(len(x_test), generator=torch.Generator().manual_seed(0))[:n]
+    torch.manual_seed(0)
+    places = torch.randperm(len(x_test))[:n]
     z, y = mnist.to_unit(x_test[places]), y_test[places]
 
     def gap(net, x, t):
-        """z(x|y) - z(x), (n, D)."""
-        both = net(torch.cat([x, x]), t.repeat(2), torch.cat([y, torch.full_like(y, NULL)]))
-        cond, uncond = PATH.u_to_data(both.view(2 * n, -1), torch.cat([x, x]).flatten(1),
-                                      t.repeat(2)).chunk(2)
-        return cond - uncond
+        """z(x|y) - z(x), (n, D); as z = x + (1 - t) u on CondOT, it is 1 - t times that of u."""
+        difference = net(x, t, y) - net(x, t, torch.full_like(y, NULL))
+        return (1 - t) * difference.flatten(1)
 
     print("   t    exact  U-Net  their difference")
     for t in (0.05, 0.1, 0.15, 0.24, 0.4, 0.6, 0.8):
-        t = torch.full((n,), t)
         x = PATH.sample(z, torch.randn_like(z), t)
         gaps = [gap(exact, x.flatten(1), t), gap(shipped, x, t)]
         lengths = [part.square().sum(dim=1).mean().sqrt() for part in (*gaps, gaps[0] - gaps[1])]
-        print(f"{t[0]:.2f}" + "".join(f"{length:8.2f}" for length in lengths), flush=True)
+        print(f"{t:.2f}" + "".join(f"{length:8.2f}" for length in lengths), flush=True)
 
 
 def accuracy(n=2000):
@@ -166,8 +176,8 @@ def accuracy(n=2000):
         show(f"exact, w = {w}", row)
 
 
-PARTS = {"ways": ways, "starts": starts, "sizes": sizes, "steps": steps, "width": width,
-         "wrong": wrong, "network": network, "accuracy": accuracy}
+PARTS = {"ways": ways, "starts": starts, "same": same, "sizes": sizes, "steps": steps,
+         "width": width, "wrong": wrong, "network": network, "accuracy": accuracy}
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from cfg_min import NULL, euler
-from chapters.exact import choose_digits, effective_number, find_nearest
+from chapters.exact import choose_digits, effective_number
 from chapters.rules import (apg, cfg, cfg_plus_plus, cfg_zero_star, interval, lam_of, rescale,
                             rising)
 from experiments.exact import Grouped
@@ -52,7 +52,7 @@ def count_left(images, labels, rule, w, steps, samples=200):
     y = labels.unique().repeat_interleave(samples)
     x = torch.randn(len(y), images.shape[1])
     field = partial(field_of_rule, Grouped(images, labels), rule, y=y, w=w)
-    return effective_number(find_nearest(images, euler(field, x, steps)), y)[0]
+    return effective_number(images, euler(field, x, steps), y)[0]
 
 
 def parse(argv=None):

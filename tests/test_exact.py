@@ -9,7 +9,7 @@ from test_cfg import ALL_PATHS, MANY, MIX, close, double, gradient, labels
 
 from cfg_min import NULL, euler, guided_field
 from chapters import exact
-from chapters.exact import ExactNet, effective_number, find_nearest
+from chapters.exact import ExactNet, count_images, effective_number, find_nearest
 from chapters.oracle import Mixture
 from chapters.ways import interval_field
 from experiments import guides
@@ -70,7 +70,7 @@ def test_late_guidance_changes_nothing_and_samples_are_images():
     found = find_nearest(IMAGES, z)
     close(z, IMAGES[found])
     assert torch.equal(LABELS[found], y)
-    assert effective_number(found[y == 0], y[y == 0])[0] == pytest.approx(2, abs=0.05)
+    assert effective_number(IMAGES, z[y == 0], y[y == 0])[0] == pytest.approx(2, abs=0.05)
     x = CondOT().sample(z, 0.3 * torch.randn_like(z), 0.9)
     close(guided_field(net, x, 0.9, y, 8), guided_field(net, x, 0.9, y, 1))
 
@@ -104,7 +104,7 @@ def count_pairs(found, of):
 def test_effective_number_counts_pairs():
     """Image 7 for both labels is no pair. Error: sqrt((n-1)/n sum (each left out - mean)^2)."""
     found, of = [7, 7, 7, 4, 7, 5, 5, 5, 6], [0, 0, 0, 0, 1, 1, 1, 1, 1]
-    number, error = effective_number(torch.tensor(found), torch.tensor(of))
+    number, error = count_images(torch.tensor(found), torch.tensor(of))
     assert number == count_pairs(found, of) == 16 / 6
     without = double([count_pairs(found[:k] + found[k + 1:], of[:k] + of[k + 1:])
                       for k in range(9)])
@@ -116,7 +116,7 @@ def test_error_is_the_spread_of_the_effective_number():
     p = double([16, 8, 8, 4, 4, 2, 2, 1, 1, 1])
     p = p / p.sum()
     draws = torch.multinomial(p.expand(300, 10), 400, replacement=True)     # (300, 400)
-    counts = double([effective_number(found, labels(0, found)) for found in draws])
+    counts = double([count_images(found, labels(0, found)) for found in draws])
     number, error = counts.mean(dim=0)
     assert number.item() == pytest.approx(1 / p.square().sum().item(), rel=0.01)
     assert error.item() == pytest.approx(counts[:, 0].std().item(), rel=0.15)
@@ -146,8 +146,8 @@ def test_command_counts_on_any_data(few, capsys):
 
 def test_the_first_t_that_costs_nothing(capsys):
     """Within two errors of the unguided count, 100 +- 3; where there is none, t = 1."""
-    exact.print_first_free([0, 0.04, 0.08], [(80, 9), (95, 9), (120, 9)], (100, 3))
-    exact.print_first_free([0, 0.04], [(80, 9), (93, 9)], (100, 3))
+    exact.print_first_free([0, 0.04, 0.08], [(80, 9), (95, 9), (120, 9)], (100, 3), "w = 3")
+    exact.print_first_free([0, 0.04], [(80, 9), (93, 9)], (100, 3), "w = 3")
     assert re.findall("from t = (.{4}) on", capsys.readouterr().out) == ["0.04", "1.00"]
 
 
