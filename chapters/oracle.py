@@ -249,7 +249,7 @@ def print_aim(w=3, ts=(0.01, 0.1, 0.2, 0.3, 0.5, 0.7, 1.0), n=400, steps=400):
     y = torch.ones(n, dtype=torch.int64)
     noise = torch.special.ndtri((torch.arange(n).double() + 0.5) / n)[:, None]      # quantiles
     means = follow_mean(partial(guided_field, net, y=y, w=w), noise, steps)
-    print(f"{'samples of the guided ODE':46s}"
+    print(f"{'mean of guided samples / alpha_t':46s}"
           + "".join(f"{means[round(t * steps)]:<8.2f}" for t in ts))
     print(f"{'needed for the tilted distribution':46s}" + f"{aims[-1]:<8.2f}" * len(ts))
 

@@ -146,8 +146,8 @@ def liked(labels=(2, 7), n=10000, columns=14):
         share = 100 * by_8[often].sum() / n
         pair = []
         for title, places in (
-                (f"{len(often)} of 1000 digits make {share:.0f} % of all draws at w = 8", often),
-                (f"{len(never)} of 1000 are drawn at w = 1, but never at w = 8",
+                (f"{len(often)} of 1000 make {share:.0f} % of algorithm 8's draws, w = 8", often),
+                (f"{len(never)} of 1000 it never drew, though w = 1 did: some",
                  never[:2 * columns])):
             grid = images[places].view(2, columns, 32, 32)
             pair.append(picture.panel(grid.numpy(), title))
