@@ -67,7 +67,7 @@ class Digits:
         return print_counts(ways, self.images, self.labels, self.y)
 
     def euler(self, w, low=0.0, steps=25, high=DECIDED):
-        field = partial(self.net, y=self.y, w=w, low=low, high=high)
+        field = partial(interval_field, self.net, y=self.y, w=w, low=low, high=high)
         return partial(euler, field, self.x, steps)
 
     def count_starts(self, w, steps=25):

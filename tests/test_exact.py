@@ -13,7 +13,7 @@ from chapters.exact import ExactNet, count_images, effective_number, find_neares
 from chapters.oracle import Mixture
 from chapters.ways import interval_field
 from experiments import guides
-from experiments.exact import Grouped
+from experiments.exact import Digits, Grouped
 from paths import CondOT
 from support.command import execute
 
@@ -159,3 +159,13 @@ def test_bad_input_is_one_line(line, few, capsys):
     except SystemExit as error:                 # argparse's way out
         assert error.code == 2
     assert line.split()[1] in error_line(capsys)
+
+
+@torch.no_grad()
+def test_the_tables_of_starts_are_those_of_the_lesson():
+    """experiments.exact guides as chapters.exact does: the same noise ends at the same digits."""
+    digits = Digits(5, 4)
+    y, net = digits.y, ExactNet(digits.images, digits.labels)
+    ours = digits.euler(3, low=0.1, high=1.0)()
+    theirs = euler(partial(interval_field, net, y=y, w=3, low=0.1), digits.x, 25)
+    assert torch.equal(find_nearest(digits.images, ours), find_nearest(digits.images, theirs))

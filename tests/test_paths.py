@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.func import jvp, vjp, vmap
 from conftest import randomize
-from test_cfg import ALL_PATHS, MANY, MIX, Recorder, close, double, tiny
+from test_cfg import ALL_PATHS, MANY, Recorder, close, double, tiny
 
 from cfg_min import cfg_cfm_loss, drop_labels, euler, guide, guided_field
 from chapters.classifier import NoisyClassifier, classifier_guided_field, measure_label_errors

@@ -4,7 +4,7 @@ from functools import partial
 import pytest
 import torch
 from conftest import moments_of
-from test_cfg import ALL_PATHS, GAUSS, MANY, MIX, close, distance, double, labels, net_of
+from test_cfg import ALL_PATHS, GAUSS, MANY, close, distance, double, labels, net_of
 
 from cfg_min import euler, euler_maruyama, euler_maruyama_step, guided_field, times
 from chapters.ddpm import ddim
