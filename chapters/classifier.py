@@ -15,7 +15,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from cfg_min import NULL, call, guided_field
-from paths import cast_like, per_sample
+from paths import PATHS, cast_like, per_sample
 from unet import FEATURES, Encoder, ResidualStack, waves
 
 
@@ -105,7 +105,6 @@ def likelihood_weight(path, t):
 
 
 def main(argv=None):
-    from paths import PATHS
     from support import mnist
     from support.command import Parser, say
     from support.training import add_options, prepare

@@ -153,7 +153,7 @@ def choose_digits(images, labels, n):
     places = [(labels == y).nonzero()[:n, 0] for y in labels.unique()]
     fewest = min(len(part) for part in places)
     if fewest < n:
-        raise BadInput(f"--digits {n}: of one label these data have {fewest}")
+        raise BadInput(f"{n} digits of each label: of one these data have {fewest}")
     places = torch.cat(places)
     return mnist.to_unit(images[places]).flatten(1), labels[places]
 

@@ -2,8 +2,8 @@
 
 Many networks predict the data point z, or the noise eps, because either may be easier to learn than
 u. At a given x and t each of them gives u (paths.py), so such a network becomes a vector field by
-one formula, and everything else, guidance, samplers and the loss L_CFM, stays as it is. Only the
-ends of time need care, because the formulas divide there by a beta or alpha that goes to 0.
+one formula, and guidance, samplers and, for z, the loss L_CFM stay as they are. Only the ends of
+time need care, because the formulas divide there by a beta or alpha that goes to 0.
 
 From z, u = (D z + beta' x) / beta; on CondOT (z - x) / (1 - t). Two uses want two things of it:
 

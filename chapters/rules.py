@@ -5,7 +5,8 @@ cond is u_t(x|y), uncond is u_t(x|null), t is one number (0 noise, 1 data), and 
 our count. w > 1 guides. w = 1 does not, but for CFG++, whose w is a mean, and CFG-Zero*, which is 0
 at first. The path is CondOT, x = t z + (1 - t) eps, so that
 u = z - eps, z = x + (1 - t) u, eps = x - t u. Where a paper differs in time, scale or space, the
-translation stands beside its formula. `python -m experiments.guides` measures them on digits.
+translation stands beside its formula. `python -m experiments.guides` measures all but autoguidance,
+whose second field is that of a weaker network.
 
 Shapes: cond, uncond, x and u are (B, ...), all alike.
 """
@@ -15,8 +16,6 @@ from cfg_min import guide
 from paths import CondOT
 
 PATH = CondOT()
-
-
 TINY = 1e-12     # the least divisor: where a field is 0, a rule is 0 too, not 0/0
 
 

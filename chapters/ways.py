@@ -22,7 +22,7 @@ def interval_field(net, x, t, y, w, low=0.0, high=1.0, away_from=NULL):
 
 
 def push_mean(classifier, x, t, y, w):
-    """w grad log p_t(y|x), which ddim adds to the mean of each step."""
+    """w grad log p_t(y|x), which ddim, times sigma^2, adds to the mean of each step."""
     return w * classifier_gradient(classifier, x, t, y)
 
 

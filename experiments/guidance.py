@@ -53,8 +53,9 @@ def measure_options(measures, ckpt, w, n, *options, seed=0, sigma=None):
     return row
 
 
-def measure_real(measures, n):
-    """The same of real digits: of test digits, but CAS learns from training digits."""
+def show_real(measures, n):
+    """Print the names of the measures, and their values of real test digits; return these. CAS
+    learns from training digits."""
     y = torch.arange(n) % 10
     images = measures.real_digits(y)
     row = measures(images, y)
@@ -62,6 +63,8 @@ def measure_real(measures, n):
     row["black pixels"] = 100 * (images == 0).double().mean().item()
     row["grey"] = read_grey(images, y)
     row["calls"] = 0
+    print(" " * 44 + "".join(f"{key:>16s}" for key in row))
+    show("real digits", row)
     return row
 
 
@@ -77,9 +80,7 @@ def show_rows(measures, ckpt, w, n, ways, seeds=(0,)):
 
 
 def price(measures, n):
-    real = measure_real(measures, n)
-    print(" " * 44 + "".join(f"{key:>16s}" for key in real))
-    show("real digits", real)
+    show_real(measures, n)
     show_rows(measures, UNET, 1, n, ["guided ODE (Algorithm 8)"], SEEDS)
     for way, (sigma, options) in WAYS.items():
         show_rows(measures, UNET, 3, n, [way], SEEDS[:1] if "em" in options else SEEDS)
@@ -88,7 +89,7 @@ def price(measures, n):
 
 
 def others(measures, n):
-    show("real digits", measure_real(measures, n))
+    show_real(measures, n)
     ways = [way for way in WAYS if not way.startswith("SDE")]
     for ckpt in ("weights/dit.pt", "runs/unet.pt"):
         if Path(ckpt).exists() or ckpt.startswith("weights"):
@@ -99,9 +100,7 @@ def others(measures, n):
 
 def when(measures, n):
     """w = 3 for t in an interval, w = 1 elsewhere."""
-    real = measure_real(measures, n)
-    print(" " * 44 + "".join(f"{key:>16s}" for key in real))
-    show("real digits", real)
+    show_real(measures, n)
     for name, w, low, high in (("nowhere", 1, 0, 1), ("before .2", 3, 0, 0.199),
                                (".2 to .5", 3, 0.2, 0.499), (".5 to .8", 3, 0.5, 0.799),
                                ("after .8", 3, 0.8, 1), ("everywhere", 3, 0, 1)):
@@ -128,8 +127,7 @@ def scales(measures, n, scales=(0, 0.5, 1, 1.5, 2, 3, 5, 8)):
         curves[way] = ws, [measure(measures, UNET, w, n, way) for w in ws]
         for w, row in zip(*curves[way]):
             show(f"w = {w:g}  {way}", row)
-    real = measure_real(measures, n)
-    show("real digits", real)
+    real = show_real(measures, n)
     panels = []
     for key in ("label accuracy", "Frechet", "diversity", "CAS"):
         legend = key == "diversity"             # where there is room

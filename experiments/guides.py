@@ -56,7 +56,7 @@ def count_left(images, labels, rule, w, steps, samples=200):
 
 
 def parse(argv=None):
-    p = Parser(description=__doc__.splitlines()[0])
+    p = Parser(prog="python -m experiments.guides", description=__doc__.splitlines()[0])
     many = number(int, 1, 1e9)
     p.add_argument("--n", type=many, default=1000, help="samples of a measurement (1000)")
     p.add_argument("--steps", type=many, default=25, help="of Euler's method (25)")

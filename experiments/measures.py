@@ -274,7 +274,8 @@ def show_head(measures, row, labels):
 
 
 def main(argv=None):
-    p = Parser(description="Measure samples.", epilog=__doc__)
+    p = Parser(prog="python -m experiments.measures", description="Measure samples.",
+               epilog=__doc__)
     p.add_argument("files", nargs="+", metavar="FILE.npz")
     p.add_argument("--data", default=mnist.FILE, help="what the samples are compared with (MNIST)")
     p.add_argument("--slow", action="store_true", help="CAS as well: a network is trained")

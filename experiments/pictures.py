@@ -14,7 +14,6 @@ loss:       of the shipped U-Net's training, from weights/unet.csv
 """
 import sys
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,11 +29,10 @@ from experiments import plots
 from experiments.exact import DECIDED, Digits
 from experiments.measures import draw
 from support import checkpoint, picture
-from support.command import Parser, execute, write_whole
+from support.command import HERE, Parser, execute, write_whole
 from support.mnist import load, to_bytes
 from support.sampling import Noise
 
-HERE = Path(__file__).parent.parent
 UNET = "weights/unet.pt"
 
 
@@ -247,7 +245,8 @@ PARTS = {"grid": grid, "strip": strip, "away": away, "trajectory": trajectory, "
 
 
 def main(argv=None):
-    p = Parser(description="Draw the pictures of the documents.", epilog=__doc__)
+    p = Parser(prog="python -m experiments.pictures", epilog=__doc__,
+               description="Draw the pictures of the documents.")
     p.add_argument("parts", nargs="+", choices=PARTS)
     for part in p.parse_args(argv).parts:
         PARTS[part]()

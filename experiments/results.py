@@ -104,7 +104,8 @@ PARTS = {"recipes": recipes, "weights": weights, "steps": steps, "predict": pred
 
 
 def main(argv=None):
-    p = Parser(description="The tables of docs/results.md.", epilog=__doc__)
+    p = Parser(prog="python -m experiments.results", epilog=__doc__,
+               description="The tables of docs/results.md.")
     p.add_argument("parts", nargs="+", choices=PARTS)
     p.add_argument("--n", type=number(int, 20, 1e4), default=2000, help="samples of a row (2000)")
     options = p.parse_args(argv)

@@ -97,7 +97,7 @@ def time_sampling(make, options, shape, steps=10, n=100):
 
 
 def main(argv=None):
-    Parser(description=__doc__.splitlines()[0]).parse_args(argv)
+    Parser(prog="python -m experiments.speed", description=__doc__.splitlines()[0]).parse_args(argv)
     print(f"{DEVICE}, {torch.get_num_threads()} threads, "
           f"bf16: {checkpoint.autocast(DEVICE)._enabled}")
     print("network                    training images/s   over alone   samples/s (10 steps)   "

@@ -21,7 +21,7 @@ SAMPLERS = {
     "ddim": ("chapters.ddpm.ddim", ["path", "t0"]),
     "ddpm": ("chapters.ddpm.ancestral", ["path", "randn", "t0", "push"]),
     "pc": ("chapters.samplers.predictor_corrector", ["path", "randn", "t0", "corrector"]),
-    "gibbs": ("chapters.samplers.gibbs", ["path", "randn", "corrector"]),
+    "gibbs": ("chapters.samplers.gibbs", ["path", "randn", "t0", "corrector"]),
 }
 
 
@@ -71,7 +71,7 @@ def parse_options(argv=None):
         help="the label that guidance leads away from (null)")
     add("--seed", type=seed, default=0, help="of all that is random (0)")
     add("--out", type=file_name, default="samples.png", metavar="FILE.png|FILE.npz",
-        help="where the samples go; a picture there is replaced (samples.png)")
+        help="where the samples go; a picture or samples there are replaced (samples.png)")
     add_device(p)
     options = p.parse_args(argv)
     check(options, p.error)

@@ -84,6 +84,8 @@ WAYS = {
     "--sampler gibbs --interval 0 0.6 --steps 25": lambda u, c, x, r: gibbs(
         guided(u, 1), x, 25, PATH, guided(u, high=0.62), randn=r),      # t is .6000000000000001
     "--guidance classifier": lambda u, c, x, r: euler(by_classifier(u, c), x, 3, 0.01),
+    "--guidance classifier --sampler gibbs": lambda u, c, x, r: gibbs(
+        by_classifier(u, c, 1), x, 3, PATH, by_classifier(u, c), t0=0.01, randn=r),
     "--guidance classifier --sampler pc": lambda u, c, x, r: predictor_corrector(
         by_classifier(u, c, 1), x, 3, PATH, by_classifier(u, c), t0=0.01, randn=r),
     "--guidance mean --sampler ddpm": by_mean,
