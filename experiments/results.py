@@ -1,7 +1,7 @@
 """The tables of docs/results.md: `python -m experiments.results PART ...`.
 
-recipes:  the lecture's recipe; the better one, of 2,000 and of 380 steps (a minute): three seeds
-          each. The networks stay in runs/
+recipes:  the lecture's recipe, in two sizes of batch; the better one: three seeds each. The
+          networks stay in runs/
 weights:  the shipped networks
 steps:    the shipped U-Net with each sampler, over the calls of the network
 predict:  what a network should predict, with t drawn in both ways
@@ -17,11 +17,12 @@ from experiments.measures import Measures, draw, show, show_head
 from support.command import HERE, BadInput, Parser, execute, number
 
 UNET = "weights/unet.pt"
-BETTER = "--predict", "z", "--times", "logit-normal"
+BATCH = "--batch", "128"
+BETTER = "--predict", "z", "--times", "logit-normal", *BATCH
 RECIPES = {                                     # name: options of train.py
     "lecture": (),
+    "lecture, 128": ("--steps", "1200", *BATCH),
     "better": (*BETTER, "--steps", "2000"),
-    "better, a minute": (*BETTER, "--steps", "380"),
 }
 SEEDS = 0, 1, 2
 SAMPLERS = {                                    # name: calls a step, options of sample.py
@@ -93,7 +94,7 @@ def predict(measures, n):
     for k, kind in enumerate(("u", "z", "eps")):
         for times in ("uniform", "logit-normal"):
             out = f"runs/predict_{kind}_{times}.pt"
-            train(out, "--predict", kind, "--times", times, "--steps", 2000)
+            train(out, "--predict", kind, "--times", times, "--steps", 2000, *BATCH)
             row = measure(measures, out, n)
             if k == 0 and times == "uniform":
                 show_head(measures, row, torch.arange(n) % 10)

@@ -23,7 +23,7 @@ LATENT_SHAPE = 4, 8, 8
 # A network by its dotted name; the defaults of --steps, --batch, --lr; and its options on latents
 # and for --predict eps, where they differ.
 NETWORKS = {
-    "unet": dict(net="unet.UNet", steps=1200, batch=128, lr=2e-3, eps=dict(add_x=True),
+    "unet": dict(net="unet.UNet", steps=2400, batch=64, lr=2e-3, eps=dict(add_x=True),
                  latent=dict(in_channels=4, channels=(64, 128), stride=1)),
     "dit": dict(net="dit.DiT", steps=4200, batch=64, lr=1e-3,
                 latent=dict(in_channels=4, size=8, patch=1)),
