@@ -96,8 +96,8 @@ def run(tmp_path, monkeypatch, few):
 
 
 @contextmanager
-def signal_in(step, number=signal.SIGINT):
-    """Trainings get the signal in this step, as of Ctrl-C."""
+def signal_in(step, number=signal.SIGINT, handler=signal.default_int_handler):
+    """Trainings get the signal in this step, as of Ctrl-C. handler: that of the time before."""
     record = Run.record
 
     def interrupt(self, loss):
@@ -105,9 +105,14 @@ def signal_in(step, number=signal.SIGINT):
         if self.done == step - 1:
             os.kill(os.getpid(), number)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Run, "record", interrupt)
-        yield
+    before = signal.signal(number, handler)     # a job in the background may ignore SIGINT
+    try:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Run, "record", interrupt)
+            yield
+        assert signal.getsignal(number) is handler          # the run has put it back
+    finally:
+        signal.signal(number, before)
 
 
 @pytest.fixture(scope="session")
