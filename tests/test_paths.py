@@ -11,7 +11,7 @@ from torch.func import jvp, vjp, vmap
 from conftest import randomize
 from test_cfg import ALL_PATHS, MANY, Recorder, close, double, tiny
 
-from cfg_min import cfg_cfm_loss, drop_labels, euler, guide, guided_field
+from cfg_min import cfg_cfm_loss, drop_labels, euler, euler_maruyama, guide, guided_field
 from chapters.classifier import NoisyClassifier, classifier_guided_field, measure_label_errors
 from chapters.ddpm import cfg_dsm_loss
 from chapters.oracle import TWO, Mixture, tilted_moments
@@ -106,6 +106,18 @@ def test_time_is_exact_whatever_type_x_has(path):
     net = Recorder(lambda x, t, y: x)
     guided_field(net, z, t, Y[:2], 3.0)
     assert torch.equal(net.calls[0][1], t.repeat(2))
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("w", [3.0, np.float32(3), torch.full((2,), 3.0)])
+def test_a_network_of_low_precision_trains_and_samples_in_its_type(kind, w):
+    """Factors are wide; what they give is cast back, or the second step of a sampler fails."""
+    net = DataField(randomize(UNet(channels=(8, 16), E=16)), PATH, 0.98).to(kind)
+    x = torch.randn(2, 1, 8, 8).to(kind)
+    field = partial(guided_field, net, y=Y[:2], w=w)
+    assert cfg_cfm_loss(net, PATH, x, Y[:2]).dtype == kind
+    assert euler(field, x, 2).dtype == kind
+    assert euler_maruyama(field, x, 2, PATH).dtype == kind
 
 
 def test_integers_are_mixed_as_floats():
